@@ -63,6 +63,12 @@ def print_hits(result: Any) -> None:
                 rows.append([str(hit.rank), *cells, hit.id, str(hit.source_row), hit.domain or "", preview(hit.text)])
             if rows:
                 print_ranking(title.format(name, metric), about, columns, rows, partial(token_lines, hits))
+    if "lexical" in settings:
+        words = settings["lexical"]
+        say(
+            f"hybrid: {1 - words:g} × {metric} + {words:g} × BM25, each in standard deviations from its mean over the "
+            "rows that rank."
+        )
     if in_nats:
         from query.ask.unit import unit_words
 

@@ -191,7 +191,7 @@ class RerankOptions:
 
     rerank: int | None = option(
         None,
-        "Rank the N best rows anew, by gradients that the model computes again and that nothing is left out of.",
+        "Second stage: rank the N best rows anew, by gradients that the model computes again (see `rerank_with`).",
         "Scoring",
         metavar="N",
     )

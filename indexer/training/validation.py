@@ -19,6 +19,7 @@ from ghoststore.corpus import Corpus, SampleScan
 from ghoststore.errors import UsageError
 from ghoststore.progress import Late, Progress, Silent
 from ghoststore.settings.train import ValSampling
+from ghoststore.store.part.status import counted
 from indexer.encode.batching import plan_batches
 from indexer.encode.encoder import pad
 from indexer.encode.losses import next_token_losses
@@ -74,7 +75,7 @@ class ValSet:
             else:
                 left_out[row.status.name.lower()] = left_out.get(row.status.name.lower(), 0) + 1
         if not rows:
-            raise UsageError(f"no row of the val set {corpus.source} can be used: {left_out or 'it is empty'}")
+            raise UsageError(f"no row of the val set {corpus.source} can be used: {counted(left_out) or 'it is empty'}")
         return cls(rows, scanning.finish().fingerprint, left_out, seed=seed)
 
     @property

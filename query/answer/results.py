@@ -60,7 +60,8 @@ class Hit:
 
     def __repr__(self) -> str:
         text = "" if self.text is None else f", text={cut(self.text, 60)!r}"
-        return f"{type(self).__name__}(rank={self.rank}, score={self.score:.6g}, id={self.id!r}{text})"
+        value = f"score={self.score:.6g}" if self.nats is None else f"nats={self.nats:.3g}"
+        return f"{type(self).__name__}(rank={self.rank}, {value}, id={self.id!r}{text})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -125,7 +126,11 @@ class QueryHits:
         return self.hits[place]
 
     def __repr__(self) -> str:
-        best = f", best {self.hits[0].score:.6g} {self.hits[0].id!r}" if self.hits else ""
+        best = ""
+        if self.hits:
+            first = self.hits[0]
+            value = f"{first.score:.6g}" if first.nats is None else f"nats={first.nats:.3g}"
+            best = f", best {value} {first.id!r}"
         lowest = f", {len(self.bottom)} lowest" if self.bottom else ""
         return f"<ranking {self.query!r}: {len(self.hits)} hits{best}{lowest}>"
 
@@ -168,7 +173,12 @@ class QueryResult:
             return self.results[place]
         named = [result for result in self.results if result.query == place]
         if len(named) != 1:
-            raise KeyError(f"{len(named)} of {len(self.results)} rankings are called {place!r}")
+            names = [result.query for result in self.results]
+            shown = ", ".join(map(repr, names[:5])) + (", …" if len(names) > 5 else "")
+            raise KeyError(
+                f"{len(named)} of {len(names)} rankings are called {place!r}; their names are {shown}; "
+                "a number takes one by its place"
+            )
         return named[0]
 
     def __repr__(self) -> str:

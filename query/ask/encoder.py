@@ -39,7 +39,7 @@ from ghoststore.settings.shared import Data, TokenizerSource
 from ghoststore.store import Part, Status
 from ghoststore.store.base.own import is_own, source_path
 from ghoststore.store.base.records import reading
-from ghoststore.store.part.status import FIRST_UNUSABLE
+from ghoststore.store.part.status import FIRST_UNUSABLE, counted
 from indexer.encode.encoder import RowEncoder, encode_rows
 from indexer.encode.positions import position_scores
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, embedding_rows, rows_of
@@ -223,7 +223,7 @@ class PartEncoder:
                     counts[label] += len(members)
                     samples_of.setdefault(label, []).extend(batch[place].sample.source_row for place in members)
         if not ids and not counts:
-            raise UsageError(f"no row of the val set {corpus.source} can be used: {dict(left_out)}")
+            raise UsageError(f"no row of the val set {corpus.source} can be used: {counted(left_out)}")
         if grouping != "each":
             ids = sorted(sums)
             pieces = [torch.from_numpy((sums[label] / counts[label]).astype(np.float32)).unsqueeze(0) for label in ids]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
 
 FIRST_UNUSABLE = 16
@@ -31,3 +32,10 @@ class Status(IntEnum):
     def usable(self) -> bool:
         """Whether the row has a vector."""
         return self < FIRST_UNUSABLE
+
+
+def counted(left_out: Mapping[str, int]) -> str:
+    """How many rows have which status, by its name in lower case, for an error: ``2 empty, 1 too_short (…)``."""
+    short = Status.TOO_SHORT.name.lower()
+    why = {short: " (one token alone: nothing is predicted from it)"}
+    return ", ".join(f"{count:,} {name}{why.get(name, '')}" for name, count in sorted(left_out.items()))

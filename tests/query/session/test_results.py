@@ -38,7 +38,7 @@ def test_a_result_is_the_sequence_of_its_rankings() -> None:
     assert [hit.rank for hit in answer[1]] == [1, 2, 3]
     assert answer[0][1:3] == MATH.hits[1:3]
     assert answer[:1] == [MATH]
-    with pytest.raises(KeyError, match="0 of 2 rankings are called 'x'"):
+    with pytest.raises(KeyError, match="0 of 2 rankings are called 'x'; their names are 'math', 'code'"):
         answer["x"]
     with pytest.raises(KeyError, match="2 of 2 rankings are called 'code'"):
         result(CODE, CODE)["code"]
@@ -146,3 +146,9 @@ def test_scores_are_sequences_and_tables_too() -> None:
         assert "<script" not in answer._repr_html_()
     assert scores()
     assert "<table>" in scores()._repr_html_()
+
+
+def test_short_words_are_in_the_unit_of_the_tables() -> None:
+    ranking = QueryHits(query="math", hits=hits(2, nats=0.0123456), bottom=[])
+    assert repr(ranking) == "<ranking 'math': 2 hits, best nats=0.0123 'row-1'>"
+    assert repr(ranking[0]).startswith("Hit(rank=1, nats=0.0123, id='row-1'")
