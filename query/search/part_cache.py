@@ -24,6 +24,7 @@ from ghoststore.errors import CorruptError, GhostStoreError
 from ghoststore.progress import Progress
 from ghoststore.store import Part
 from ghoststore.store.base.disk import flush, publish_group, storage_errors
+from ghoststore.store.base.new_files import sweep
 from ghoststore.store.base.opening import refuse_links
 from ghoststore.store.base.records import MISSING, FileRecord, read_record, write_record
 from ghoststore.store.base.writers import unfinished
@@ -123,11 +124,15 @@ class PartCache:
         return None
 
     def _written_aside(self, write: Callable[[Path], None]) -> Path:
-        """The path of a new file with a temporary name, written by ``write``. StorageError if the disk refuses."""
+        """The path of a new file with a temporary name, written by ``write``. StorageError if the disk refuses.
+
+        Those that killed processes left are removed.
+        """
         refuse_links(self.folder.parent)
         path = unfinished(self.folder / self.name)
         with storage_errors(str(self.folder)):
             publish_group(self.folder, {})
+            sweep(self.folder / self.name)
             try:
                 write(path)
             except BaseException:

@@ -51,7 +51,7 @@ ALL = {
     "query-json": Command(f"query {ASK} --out {{F}}/hits.json --report {{F}}/hits.html"),
     "query-csv": Command(f"query {ASK} --out {{F}}/hits.csv"),
     "query-jsonl": Command(f"query {ASK} --each --out {{F}}/hits.jsonl"),
-    "query-parquet": Command(f"query {ASK} --metric cosine --precondition second-moment --out {{F}}/hits.parquet"),
+    "query-parquet": Command(f"query {ASK} --precondition second-moment --out {{F}}/hits.parquet"),
     "self-influence": Command(f"self-influence {STORE} --out {{F}}/rows.csv --device cpu --quiet"),
     "select": Command(f"select {ASK} --fraction 0.5 --out {{F}}/best.jsonl"),
     "index": Command(f"index {STORE} --factory Flat --rebuild --quiet", passing=r"store/parts/part/index/"),

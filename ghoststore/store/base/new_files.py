@@ -78,7 +78,7 @@ def new_file(path: Path, *, over: bool = False) -> Iterator[Path]:
 def _aside(path: Path, *, over: bool = False) -> Iterator[Path]:
     """As `new_file`, but with the errors of the operating system as they are, FileExistsError among them."""
     temporary = unfinished(path)
-    _sweep(path)
+    sweep(path)
     try:
         yield temporary
         flush(temporary)
@@ -108,7 +108,7 @@ def new_files(*paths: Path) -> Iterator[list[Path]]:
     with ExitStack() as stack:
         with writing(paths[0]):
             for folder, path in zip(folders, paths, strict=True):
-                _sweep(path)
+                sweep(path)
                 folder.mkdir()
                 stack.callback(shutil.rmtree, folder, ignore_errors=True)
                 stack.enter_context(touched(folder))
@@ -286,7 +286,7 @@ def _cut(name: str) -> str:
     return f"{data[:LONGEST].decode(errors='ignore')}-{hashlib.sha256(data).hexdigest()[:12]}"
 
 
-def _sweep(path: Path) -> None:
+def sweep(path: Path) -> None:
     """Remove temporary files of dead processes for ``path`` and for its mark."""
     for name in (path, _mark(path)):
         # The form of `unfinished`, which cuts long names.
