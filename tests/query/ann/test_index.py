@@ -324,7 +324,7 @@ def anonymous():
     return int(line.split()[1]) << 10
 
 part = Store.open({store!r}).part()
-AnnIndex.open(part, "small")  # libraries are loaded, buffers are there
+first = AnnIndex.open(part, "large")  # libraries are loaded, buffers and the interpreter's own tables are there
 before = anonymous()
 index = AnnIndex.open(part, "large")
 print(anonymous() - before, index.manifest.size)
@@ -336,13 +336,12 @@ print(anonymous() - before, index.manifest.size)
 @pytest.mark.parametrize("factory", ["IVF16,Flat", "Flat"])
 def test_an_index_is_mapped_not_read(tmp_path: Path, lab: Lab, factory: str) -> None:
     part = make_part(tmp_path / "store", clustered(8000, 512), unusable=())
-    build(part, factory="SQ8", dimension=16, name="small")
     build(part, factory=factory, name="large")
     outcome = lab.run(code=ANONYMOUS.format(store=str(tmp_path / "store")))
     assert outcome.code == 0, outcome.err
     taken, size = map(int, outcome.out.split())
     assert size > 16e6
-    assert taken < size / 2
+    assert taken < size / 4
 
 
 def test_defaults() -> None:
