@@ -233,8 +233,7 @@ class ExactMethod:
     def put_in_metric(self) -> bool:
         """See :class:`indexer.dotprod.method.Method`."""
         ready = self._metric is None or self._multiply(self._metric)
-        if ready:
-            self._shorten()
+        self._shorten()
         return ready
 
     def _shorten(self) -> None:

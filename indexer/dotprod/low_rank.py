@@ -79,19 +79,18 @@ def _start(tall: Tensor) -> Tensor:
 
 
 def _orthonormal(spans: list[Tensor]) -> list[Tensor]:
-    """Orthonormal columns with the span of each of ``spans`` (N, K), by a Cholesky factorisation, twice: all of them at
-    once, where one QR after the other would keep a GPU waiting.
+    """Nearly orthonormal columns with the span of each of ``spans`` (N, K). Those that add next to nothing are shorter.
+
+    By a Cholesky factorisation of all of them at once: one QR after the other would keep a GPU waiting.
     """
-    bases = [span.double() for span in spans]
-    for _ in range(2):
-        gram_PKK = torch.stack([basis.t() @ basis for basis in bases])
-        trace_P = gram_PKK.diagonal(dim1=1, dim2=2).sum(1)
-        eye_KK = torch.eye(DIRECTIONS, dtype=torch.float64, device=gram_PKK.device)
-        shift_P11 = (SHIFT * trace_P + torch.finfo(torch.float64).tiny).view(-1, 1, 1)  # a gradient may be zero
-        factor_PKK = torch.linalg.cholesky_ex(gram_PKK + shift_P11 * eye_KK).L
-        inverse_PKK = torch.linalg.solve_triangular(factor_PKK, eye_KK.expand_as(factor_PKK), upper=False)
-        bases = [basis @ inverse.t() for basis, inverse in zip(bases, inverse_PKK, strict=True)]
-    return [basis.to(span.dtype) for basis, span in zip(bases, spans, strict=True)]
+    wide = [span.double() for span in spans]
+    gram_PKK = torch.stack([span.t() @ span for span in wide])
+    trace_P = gram_PKK.diagonal(dim1=1, dim2=2).sum(1)
+    eye_KK = torch.eye(DIRECTIONS, dtype=torch.float64, device=gram_PKK.device)
+    shift_P11 = (SHIFT * trace_P + torch.finfo(torch.float64).tiny).view(-1, 1, 1)  # a gradient may be zero
+    factor_PKK = torch.linalg.cholesky_ex(gram_PKK + shift_P11 * eye_KK).L
+    inverse_PKK = torch.linalg.solve_triangular(factor_PKK, eye_KK.expand_as(factor_PKK), upper=False)
+    return [(x @ inverse.t()).to(span.dtype) for x, inverse, span in zip(wide, inverse_PKK, spans, strict=True)]
 
 
 def low_rank_dots(factors: Outer, val: LowRank) -> Tensor:
