@@ -386,18 +386,8 @@ def test_a_run_that_is_committed_while_it_is_copied(tmp_path: Path, monkeypatch:
 @pytest.mark.slow
 def test_stale_caches(lab: Lab, store: Path) -> None:
     """Only where that is asked for, and never current ones."""
-    query = (
-        "query",
-        "--store",
-        store,
-        "--val-set",
-        lab.corpus,
-        "--precondition",
-        "second-moment",
-        "--metric",
-        "cosine",
-        "-q",
-    )
+    asked = "--precondition second-moment --metric cosine --quiet".split()
+    query = ("query", "--store", store, "--val-set", lab.corpus, *asked)
     part = store / "parts/part"
     aside = store.parent / "aside"
     for path in [path for path in part.rglob("*") if path.parent.name == "c" and path.name == "4"]:
