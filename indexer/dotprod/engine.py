@@ -57,10 +57,9 @@ class GradDotProdEngine:
             optimizer.step()
 
     ``val_data`` is a val batch, or a list of them if the val set does not fit one pass. ``val_losses(model, batch)``
-    gives one loss a sample. Without ``val_losses`` the batches are those of a language model (see
+    gives one loss a sample; every row counts then. Without it the batches are those of a language model (see
     :func:`language_model_losses`); rows without a target have no loss and are left out with a warning. With
-    ``val_losses`` every row counts, so leave such rows out yourself. With ``val_data=None`` call
-    :meth:`set_validation` later. The val gradient is computed in eval mode before the first batch, and again after
+    ``val_data=None`` call :meth:`set_validation` later. The val gradient is computed in eval mode before the first batch, and again after
     every ``val_refresh_interval`` optimizer steps. ``optimizer`` reports its steps; without it call :meth:`stepped`.
 
     ``groups`` names the group of each val sample (its domain), or is ``"each"``: every val sample is a group.
@@ -72,10 +71,9 @@ class GradDotProdEngine:
     time of the val gradient: to first order, the decrease of L_val by its step along ∇ℓ_i. It is NaN before the first
     step. ``route``: ``"direct"`` and ``"gram"`` are exact to the last digits, ``"low-rank"`` takes the 64 leading
     directions of a wide matrix's val gradient where they hold 99 % of it, ``"auto"`` the cheapest. ``check=False``
-    checks neither the taps nor the axes of the layers nor the losses. ``hold_losses=False`` leaves out only the check
-    of the losses, for a loop that computes them from the logits itself.
-    Raises LayerError naming the module for a trainable parameter that cannot be scored. Raises UsageError for a model
-    whose samples have no gradients of their own (batch norm) or whose parameters are split (FSDP).
+    checks neither taps, axes of layers nor losses; ``hold_losses=False`` leaves out that of losses, for a loop that
+    computes them from the logits itself. LayerError names the module of a trainable parameter that cannot be scored,
+    UsageError a model whose samples have no gradients of their own (batch norm) or whose parameters are split (FSDP).
     """
 
     def __init__(
