@@ -59,8 +59,8 @@ class GradDotProdEngine:
     ``val_data`` is a val batch, or a list of them if the val set does not fit one pass. ``val_losses(model, batch)``
     gives one loss a sample; every row counts then. Without it the batches are those of a language model (see
     :func:`language_model_losses`); rows without a target have no loss and are left out with a warning. With
-    ``val_data=None`` call :meth:`set_validation` later. The val gradient is computed in eval mode before the first batch, and again after
-    every ``val_refresh_interval`` optimizer steps. ``optimizer`` reports its steps; without it call :meth:`stepped`.
+    ``val_data=None`` call :meth:`set_validation` later. The val gradient is computed in eval mode before the first
+    batch, and again after ``val_refresh_interval`` steps each: those of ``optimizer``, or calls of :meth:`stepped`.
 
     ``groups`` names the group of each val sample (its domain), or is ``"each"``: every val sample is a group.
     ``pairs`` adds the products of all pairs within a batch. ``projection`` makes the score sketched: approximate, over
