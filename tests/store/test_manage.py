@@ -386,7 +386,7 @@ def test_a_run_that_is_committed_while_it_is_copied(tmp_path: Path, monkeypatch:
 @pytest.mark.slow
 def test_stale_caches(lab: Lab, store: Path) -> None:
     """Only where that is asked for, and never current ones."""
-    asked = "--precondition second-moment --metric cosine --quiet".split()
+    asked = ["--precondition", "second-moment", "--metric", "cosine", "--quiet"]
     query = ("query", "--store", store, "--val-set", lab.corpus, *asked)
     part = store / "parts/part"
     aside = store.parent / "aside"

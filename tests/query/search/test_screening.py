@@ -11,7 +11,7 @@ import torch
 
 from query.search.part_score import Metric, Term
 from query.search.products import CodeProducts, FloatProducts
-from query.search.search import Ranking, pair_scores, search, similarities
+from query.search.search import Ranking, RunningTopK, pair_scores, search, similarities
 from query.search.vectors import StoredRows
 from tests.support.made_parts import DIMENSION, ROWS, clustered, make_part
 
@@ -104,18 +104,35 @@ def test_without_a_bound_float32_would_lose_rows(tmp_path: Path, metric: Metric)
     both_ends([term])
 
 
-def test_a_long_row_scores_alone_as_among_others() -> None:
+def test_a_long_row_scores_the_same_on_any_number_of_threads() -> None:
     """With several threads torch would divide the sum of one long row among them, and round it otherwise."""
     generator = torch.Generator().manual_seed(0)
-    rows_RD = torch.randn(1, 100_003, generator=generator).expand(5, -1).contiguous()
+    rows_RD = torch.randn(20, 100_003, generator=generator)
     unit_QD = torch.randn(1, 100_003, generator=generator, dtype=torch.float64)
-    factor_R, queries = torch.ones(5, dtype=torch.float64), np.zeros(5, dtype=np.int64)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    factor_R, queries = torch.ones(20, dtype=torch.float64), np.zeros(20, dtype=np.int64)
+    threads, scores = torch.get_num_threads(), []
     try:
-        together = pair_scores(rows_RD, factor_R, unit_QD, np.arange(5), queries)
-        alone = [pair_scores(rows_RD, factor_R, unit_QD, np.array([row]), queries[:1])[0] for row in range(5)]
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            scores.append(pair_scores(rows_RD, factor_R, unit_QD, np.arange(20), queries))
     finally:
         torch.set_num_threads(threads)
-    assert set(alone) == set(together.tolist())
-    assert len(set(alone)) == 1
+    np.testing.assert_array_equal(*scores)
+
+
+def test_a_row_is_ruled_out_by_its_highest_score_alone() -> None:
+    """Of many candidates those go that stay below what the k-th surely reaches: by their bounds, not cheap scores."""
+    cheap_RQ = torch.full((10, 1), 1.0)
+    cheap_RQ[7] = 0.85  # 0.95 exactly, while the others are 0.91
+    exact = np.full(10, 0.91)
+    exact[7] = 0.95
+    best = RunningTopK(1, 1)
+    pairs = best.candidates(
+        cheap_RQ,
+        torch.full((10, 1), 0.1),
+        torch.ones(10, dtype=torch.bool),
+        first_row=0,
+        exact=lambda places, queries: exact[places],
+    )
+    best.add(pairs)
+    assert best.rows.tolist() == [[7]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,8 @@ def test_threads_change_no_bit(tmp_path: Path) -> None:
             answers.append([*both_ends(terms), similarities(terms)])
             assert torch.get_num_threads() == threads
             assert list(on_threads(lambda _: torch.get_num_threads(), range(5))) == [1] * 5
+            with ThreadPoolExecutor(1) as later:  # a thread of the user's, afterwards
+                assert later.submit(torch.get_num_threads).result() == threads
     finally:
         torch.set_num_threads(before)
     for one, three in zip(*(answer[:2] for answer in answers), strict=True):
@@ -50,6 +54,20 @@ def test_threads_change_no_bit(tmp_path: Path) -> None:
     for rows, scores, scores_N in zip(best.rows, best.scores, scores_QN, strict=True):
         assert rows.tolist() == np.argsort(np.nan_to_num(-scores_N, nan=np.inf), kind="stable")[:9].tolist()
         np.testing.assert_array_equal(scores, scores_N[rows])
+
+
+def test_few_results_wait() -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(100):
+            taken.append(item)
+            yield item
+
+    results = on_threads(lambda item: item, items())
+    assert next(results) == 0
+    assert len(taken) <= torch.get_num_threads() + 1
+    assert list(results) == list(range(1, 100))
 
 
 def test_units_are_the_stored_rows(tmp_path: Path) -> None:
