@@ -24,7 +24,6 @@ from indexer.encode.losses import Reduction, next_token_losses_plainly
 from indexer.encode.plain import ArrivingBlocks
 from indexer.encode.sample_axis import PROBE_SIZES, AxisProbe
 from indexer.encode.tokens import Row, Tokens
-from indexer.layers import layer_type_by_name
 from indexer.projection import draws
 from indexer.projection.matrices import Projection
 from indexer.projection.plan import ProjectionPlan
@@ -133,7 +132,7 @@ class ModelCheck:
     def _refuse_mixed_axes(self) -> None:
         """CaptureError, with the names of the layers, if the first axis of a layer is not that of the samples."""
         uses = [use for layer in self._plan.layers for use in layer.block.uses]
-        probe = AxisProbe(self._model, {use.module: layer_type_by_name(use.type) for use in uses})
+        probe = AxisProbe(self._model, {use.module: use.kind for use in uses})
         for size, length in [(1, 5)] if self._alone else zip(PROBE_SIZES, (5, 7), strict=True):
             rows = [self._row(place, length) for place in range(size)]
             probe.run(lambda rows=rows: self._losses(rows), size)  # type: ignore[misc]

@@ -109,7 +109,7 @@ class KnownAxes:
 
     def _strangers(self, call: Call, batch: int, unknown: set[str]) -> dict[str, str]:
         try:
-            layers = unknown if self._train_checked else self._ran
+            layers = {name: self._kinds[name] for name in (unknown if self._train_checked else self._ran)}
             with uncompiled():
                 problems = strangers(self._model, call, batch, layers, outputs=bool(unknown))
         except CannotRun:

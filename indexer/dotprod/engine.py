@@ -36,9 +36,9 @@ from indexer.dotprod.val_age import ValAge
 from indexer.dotprod.val_data import ValLosses, default_losses, language_model_losses
 from indexer.dotprod.val_gradient import ValGradient
 from indexer.encode.modes import settle_hooks, uncompiled, without_autocast
-from indexer.encode.tap import Tap
-from indexer.layers import LayerType, layer_type_of
-from indexer.layers.base import by_sample, input_of
+from indexer.encode.tap import tapped
+from indexer.layers import LayerType
+from indexer.layers.base import input_of
 from indexer.projection.matrices import Projection
 
 
@@ -115,8 +115,7 @@ class GradDotProdEngine:
         )
         self._val = ValGradient(self.model, self.method, losses)
         self._val.set(val_data, groups)
-        kinds = {name: layer_type_of(self.model.get_submodule(name)) for name in self.method.modules}
-        self._kinds = {name: kind for name, kind in kinds.items() if kind is not None}
+        self._kinds = self.method.kinds
         self._axes = KnownAxes(self.model, self._kinds, trusted=not check)
         self._loss_check = LossCheck(self.model, losses, enabled=check and hold_losses)
         self._flags = [p.requires_grad for p in self.model.parameters()]
@@ -373,6 +372,7 @@ class GradDotProdEngine:
         scale_B = open_batch.scale()
         self._in_graph.refuse_left_out(open_batch)
         self._loss_check.check_backward(open_batch.upstream)
+        open_batch.refuse_unsized()
         return self._finish(open_batch, scale_B)
 
     def _finish(self, open_batch: OpenBatch, scale_B: Tensor) -> Scores:
@@ -406,13 +406,11 @@ class GradDotProdEngine:
             raise UsageError("a scoring pass is open: its losses go to scores() of the batch that scoring() gives")
         return self._train
 
-    # Hooks.
-
     def _hook(self, name: str, kind: LayerType) -> Callable[..., Any]:
         """The forward hook of one module. Without an open batch it leaves the output alone."""
         graph, key = self._in_graph, self._in_graph.add(name, kind, self._axes.ran)
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> Any:
             if torch.compiler.is_dynamo_compiling():
                 return graph.apply(key, kind, input_of(args, kwargs), y)
             train = self._train
@@ -423,22 +421,23 @@ class GradDotProdEngine:
                 self.method.called(name)  # once: checkpointing runs the forward pass again
                 if not torch.is_grad_enabled():
                     train.without_graph.append(name)
-            if not torch.is_grad_enabled() or not y.requires_grad:
+            if not torch.is_grad_enabled():
                 return None
-            x, y = by_sample(input_of(args, kwargs), y, self._size, kind, name)
-            self._narrow |= y.dtype in (torch.float16, torch.bfloat16)
+            seen = kind.seen(module, args, kwargs, y, self._size, name)
+            if not seen.requires_grad:
+                return None
+            self._narrow |= seen.dtype in (torch.float16, torch.bfloat16)
             started = time.perf_counter()
-            with without_autocast(y.device.type):
-                saved = self.method.to_keep(name, x, y.dtype)
+            with without_autocast(seen.device.type):
+                saved = self.method.to_keep(name, seen.x, seen.dtype)
             if train is None:
                 see = self._val.see(name, self._tokens, self.val_refresh_interval)
             else:
                 self._axes.ran(name)
-                train.ran.add(name)
+                train.saw(name, flat=seen.flat)
                 self._seconds += time.perf_counter() - started  # the val pass is timed as a whole
                 see = train.in_time(self.method.see_train(name))
-            output: Tensor = Tap.apply(y, saved, see, leaf)  # type: ignore[no-untyped-call]
-            return output
+            return seen.back(tapped(seen, saved, see, leaf).outputs)
 
         return hook
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from indexer.dotprod.low_rank import DIRECTIONS, LowRank, low_rank, low_rank_dot
 from indexer.dotprod.metric import AdamMetric
 from indexer.dotprod.scores import Scores, divide
 from indexer.encode.tap import See
+from indexer.layers import LayerType
 from indexer.layers.factors import Factors, Outer, Vector
 
 LARGEST_VAL_GRADIENTS = 1 << 28
@@ -105,19 +106,18 @@ class ExactMethod:
         """Do nothing: there are no matrices to move."""
 
     @property
-    def modules(self) -> list[str]:
-        """Names of the modules to tap."""
-        return list(self.ledger.tapped)
+    def kinds(self) -> dict[str, LayerType]:
+        """The types of the modules to tap, by name."""
+        return {name: tapped.kind for name, tapped in self.ledger.tapped.items()}
 
     @property
     def blocks(self) -> list[str]:
         """Names of the blocks that have scores of their own."""
         return self.ledger.blocks
 
-    def to_keep(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def to_keep(self, name: str, x: Any, dtype: torch.dtype) -> Any:
         """Keep the layer's input itself, in the dtype that the layer computed with."""
-        x = x.detach()
-        return x.to(dtype) if x.is_floating_point() and self.ledger.tapped[name].kind.is_matrix else x
+        return self.ledger.tapped[name].kind.held(x, dtype)
 
     # The val pass.
 
@@ -139,13 +139,16 @@ class ExactMethod:
         """See :class:`indexer.dotprod.method.Method`."""
         tapped = self.ledger.tapped[name]
 
-        def see(saved: Tensor, dy: Tensor) -> None:
-            for full, factors in self._factors(tapped, saved, dy):
-                scored = self.ledger.parameters[full]
-                if full not in self.routes:
-                    val_tokens = batches * dy.numel() // dy.shape[-1]
-                    self.routes[full] = self._choose(scored, factors, val_tokens, tokens or val_tokens, interval)
-                self._add_val(scored, factors, first)
+        def see(saved: Any, dy: Tensor) -> None:
+            start = first
+            for part, dy_part in tapped.kind.parts(saved, dy):
+                for full, factors in self._factors(tapped, part, dy_part):
+                    scored = self.ledger.parameters[full]
+                    if full not in self.routes:
+                        val_tokens = batches * dy.numel() // dy.shape[-1]
+                        self.routes[full] = self._choose(scored, factors, val_tokens, tokens or val_tokens, interval)
+                    self._add_val(scored, factors, start)
+                start += len(dy_part)
 
         return see
 
@@ -216,15 +219,25 @@ class ExactMethod:
         share = self.val.sizes() / len(self.val.group_V)
         floor = NEGLIGIBLE * float(torch.stack([gradient.norm() for gradient in expected.values()]).norm())
         for name, gradient in expected.items():
-            if self.routes.get(name) == "gram":
-                continue  # no gradient was formed; the train batch checks it
             groups = self.val.gradients.get(name)
-            mean = torch.zeros_like(gradient)
-            if groups is not None:
+            if self.routes.get(name) == "gram":
+                mean = self._formed(name, gradient)
+            elif groups is None:
+                mean = torch.zeros_like(gradient)
+            else:
                 mean = torch.tensordot(share.to(groups.dtype), groups, dims=1).to(gradient.dtype)
             error, size = float((mean - gradient).norm()), float(gradient.norm())
             if not error <= tolerance * (size + floor):
                 raise CaptureError(_mismatch(name, error / size if size else float("inf"), "val gradient"))
+
+    def _formed(self, name: str, like: Tensor) -> Tensor:
+        """The mean val gradient of a parameter on the Gram route, which needs none but for its check."""
+        assert self.val is not None
+        into_1 = torch.zeros(1, *like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        for factors, first in self.val.factors.get(name, []):
+            count = len(factors.values if isinstance(factors, Vector) else factors.columns)
+            routes.add_gradients(factors, torch.zeros_like(self.val.group_V[first : first + count]), into_1)
+        return (into_1[0] / (self.val.scale * len(self.val.group_V))).to(like.dtype)
 
     def skip_check(self) -> None:
         """Compare nothing with autograd any more."""
@@ -289,17 +302,23 @@ class ExactMethod:
         """See :class:`indexer.dotprod.method.Method`."""
         return partial(self._see_train, self.ledger.tapped[name])
 
-    def _see_train(self, tapped: Tapped, saved: Tensor, dy: Tensor) -> None:
-        for full, factors in self._factors(tapped, saved, dy):
-            score_BG = self._against_val(full, factors)
-            if score_BG is not None:
-                earlier_BG = self._raw.get(full)
-                self._raw[full] = score_BG if earlier_BG is None else earlier_BG + score_BG
-            if self.wants_pairs:
-                uses = self._train_factors.setdefault(full, [])
-                uses.append(factors)
-                if len(uses) == self._calls[full]:
-                    self._add_pairs(full)
+    def _see_train(self, tapped: Tapped, saved: Any, dy: Tensor) -> None:
+        scores: dict[str, list[Tensor]] = {}
+        # Pairs need the factors of all samples at once.
+        for part, dy_part in [(saved, dy)] if self.wants_pairs else tapped.kind.parts(saved, dy):
+            for full, factors in self._factors(tapped, part, dy_part):
+                score_BG = self._against_val(full, factors)
+                if score_BG is not None:
+                    scores.setdefault(full, []).append(score_BG)
+                if self.wants_pairs:
+                    uses = self._train_factors.setdefault(full, [])
+                    uses.append(factors)
+                    if len(uses) == self._calls[full]:
+                        self._add_pairs(full)
+        for full, parts in scores.items():
+            score_BG = parts[0] if len(parts) == 1 else torch.cat(parts)
+            earlier_BG = self._raw.get(full)
+            self._raw[full] = score_BG if earlier_BG is None else earlier_BG + score_BG
 
     def _add_pairs(self, full: str) -> None:
         uses = self._train_factors.pop(full)
@@ -371,7 +390,7 @@ class ExactMethod:
             if not abs(total - dot) <= tolerance * (scale + floor):
                 raise CaptureError(_mismatch(name, abs(total - dot) / scale if scale else float("inf"), "score"))
 
-    def _factors(self, tapped: Tapped, saved: Tensor, dy: Tensor) -> list[tuple[str, Factors]]:
+    def _factors(self, tapped: Tapped, saved: Any, dy: Tensor) -> list[tuple[str, Factors]]:
         factors = tapped.kind.factors(tapped.module, saved, dy)
         return [(full, factors[key]) for key, full in tapped.parameters.items()]
 

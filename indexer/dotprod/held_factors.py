@@ -21,8 +21,8 @@ from indexer.dotprod.exact import NEGLIGIBLE
 from indexer.dotprod.ledger import Ledger, Tapped, survey
 from indexer.dotprod.open_batch import OpenBatch
 from indexer.dotprod.val_gradient import ValGradient
-from indexer.encode.tap import Tap
-from indexer.layers.base import at_least_float, by_sample, input_of
+from indexer.encode.tap import tapped
+from indexer.layers.base import at_least_float
 from indexer.layers.factors import Factors, Vector, add_rows
 
 
@@ -134,9 +134,9 @@ class FactorHolder:
         if self._handles:
             return
         self._axes.attach()
-        for name, tapped in self.ledger.tapped.items():
-            hook = self._hook(name, tapped)
-            self._handles.append(tapped.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+        for name, layer in self.ledger.tapped.items():
+            hook = self._hook(name, layer)
+            self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
         val.examine(self._axes)
 
     def detach(self) -> None:
@@ -191,8 +191,8 @@ class FactorHolder:
                 "parameter changes its gradient. Without `hold=True`, train on the chosen samples in a step of its own"
             )
 
-    def _hook(self, name: str, tapped: Tapped) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
+    def _hook(self, name: str, layer: Tapped) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> Any:
             open_batch = self._open_batch
             if open_batch is None:
                 return None
@@ -200,20 +200,17 @@ class FactorHolder:
                 if not open_batch.forwarded:
                     open_batch.without_graph.append(name)
                 return None
-            if not y.requires_grad:
+            seen = layer.kind.seen(module, args, kwargs, y, open_batch.size, name)
+            if not seen.requires_grad:
                 return None
-            x, y = by_sample(input_of(args, kwargs), y, open_batch.size, tapped.kind, name)
-            x = x.detach()
-            if x.is_floating_point() and tapped.kind.is_matrix:
-                x = x.to(y.dtype)
             self._axes.ran(name)
-            see = partial(self._see, self._held, tapped)
-            output: Tensor = Tap.apply(y, x, see, open_batch.leaf)  # type: ignore[no-untyped-call]
-            return output
+            see = partial(self._see, self._held, layer)
+            x = layer.kind.held(seen.x, seen.dtype)
+            return seen.back(tapped(seen, x, see, open_batch.leaf).outputs)
 
         return hook
 
-    def _see(self, held: HeldFactors, tapped: Tapped, saved: Tensor, dy: Tensor) -> None:
+    def _see(self, held: HeldFactors, tapped: Tapped, saved: Any, dy: Tensor) -> None:
         if held is self._held:  # otherwise the batch is closed
             factors = tapped.kind.factors(tapped.module, saved, dy)
             for key, full in tapped.parameters.items():

@@ -52,8 +52,14 @@ class InGraph:
         """In a graph that is being made: the output of a layer through tap ``key``; None without an open batch."""
         if not self.open or not torch.is_grad_enabled() or not y.requires_grad:
             return None
-        if kind.is_lookup and x.dim() == 2 and x.shape[0] == 1 and self.size != 1:
-            x, y = x.expand(self.size, -1), y.expand(self.size, -1, -1)  # as by_sample does
+        if kind.is_lookup and (x.dim() == 1 or (x.dim() == 2 and x.shape[0] == 1 and self.size != 1)):
+            # As by_sample does; that an index of one axis is of positions, the checks outside the graph have seen.
+            x = x.reshape(1, -1).expand(self.size, -1)
+            y = (y if y.dim() == 3 else y.unsqueeze(0)).expand(self.size, -1, -1)
+        if not kind.is_lookup and x.dim() == 2 and len(x) > self.size and len(x) % self.size == 0:
+            shape = (self.size, -1)
+            flat: Tensor = tapped(y.reshape(*shape, y.shape[-1]), x.reshape(*shape, x.shape[-1]), key)[0]
+            return flat.flatten(0, 1)
         output: Tensor = tapped(y, x, key)[0]
         return output
 
@@ -91,6 +97,7 @@ class _LayerTap:
         if open_batch is None:
             return -1
         by_sample(x, y, open_batch.size, self._kind, self._name)
+        open_batch.sized = True  # the check outside the graph has seen the axes
         graph.compiled = True
         graph.narrow |= y.dtype in (torch.float16, torch.bfloat16)
         if not open_batch.forwarded:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from indexer.dotprod.exact import ExactMethod
 from indexer.dotprod.scores import Scores
 from indexer.dotprod.sketched import SketchedMethod
 from indexer.encode.tap import See
+from indexer.layers import LayerType
 from indexer.projection.matrices import Projection
 
 
@@ -50,16 +52,16 @@ class KeepingMethod:
         return self.exact.blocks
 
     @property
-    def modules(self) -> list[str]:
-        """Names of the modules that either method taps."""
-        return list(dict.fromkeys([*self.exact.modules, *self.sketched.modules]))
+    def kinds(self) -> dict[str, LayerType]:
+        """The types of the modules that either method taps, by name."""
+        return {**self.sketched.kinds, **self.exact.kinds}
 
     def attach(self, device: torch.device) -> None:
         """Attach both methods."""
         self.exact.attach(device)
         self.sketched.attach(device)
 
-    def to_keep(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def to_keep(self, name: str, x: Any, dtype: torch.dtype) -> Any:
         """Keep the layer's input; its projection if the exact score leaves the layer out."""
         method = self.exact if name in self.exact.ledger.tapped else self.sketched
         return method.to_keep(name, x, dtype)
@@ -67,7 +69,7 @@ class KeepingMethod:
     def _combined(self, name: str, exact: See | None, sketched: See | None) -> See:
         """Combine the taps of both methods on module ``name``."""
 
-        def see(saved: Tensor, dy: Tensor) -> None:
+        def see(saved: Any, dy: Tensor) -> None:
             if exact is not None:
                 exact(saved, dy)
             if sketched is not None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import nn
 
 from ghoststore.errors import LayerError, UsageError
-from indexer.layers import LayerType, layer_type_of
-from indexer.projection.selection import ALIASES, matches, matches_path
+from indexer.layers import LayerType, ReplayedLayer
+from indexer.layers.replayed import replayed_parameters
+from indexer.projection.selection import ALIASES, formula_layers, matches, matches_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +87,10 @@ def refuse_batch_statistics(batch_norms: Mapping[str, nn.Module]) -> None:
 def survey(model: nn.Module, exclude: Sequence[str] = (), *, only: Collection[str] | None = None) -> Ledger:
     """List every trainable parameter of ``model`` outside ``exclude``.
 
-    ``exclude`` holds patterns as for ``exclude_layers``, or of names of parameters. ``only`` names modules: parameters
-    that none of them uses are left out; the others count wherever they are used.
+    ``exclude`` holds patterns as for ``exclude_layers``, or of names of parameters. ``only`` names modules, and
+    parameters of modules that run again: other parameters are left out; these count wherever they are used.
 
-    Raises LayerError for a trainable parameter of a module that no layer type handles and for a pattern that
+    Raises LayerError for a trainable parameter of a module that is never called with samples and for a pattern that
     matches nothing, UsageError for a model without a trainable parameter.
     """
     names: dict[int, str] = {}
@@ -99,46 +101,42 @@ def survey(model: nn.Module, exclude: Sequence[str] = (), *, only: Collection[st
         raise UsageError(f"{type(model).__name__} has no trainable parameter: nothing can be scored")
     patterns = [exclude] if isinstance(exclude, str) else list(exclude)
     excluded: set[int] = set()
+    kinds = formula_layers(model)
+    again = replayed_parameters(model, kinds)
+    paths = {f"{name}.{key}": (name, key) for name, keys in again.items() for key in keys}
     if only is not None:
-        excluded = set(names) - {id(p) for name in only for p in model.get_submodule(name)._parameters.values()}
+        used = [model.get_submodule(name)._parameters.values() for name in only if name in kinds]
+        used_again = [model.get_parameter(name) for name in only if name in paths]
+        excluded = set(names) - {id(p) for p in [*chain(*used), *used_again]}
     matched = set()
-    kinds = {name: layer_type_of(module) for name, module in model.named_modules()}
     for name, module in model.named_modules():
-        kind = kinds[name]
+        kind = kinds.get(name)
         matching = [p for p in patterns if (matches(p, name, kind) if kind is not None else matches_path(p, name))]
         matched.update(matching)
         if matching:
             excluded.update(id(p) for p in module.parameters())
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        matching = [p for p in patterns if p not in ALIASES and matches_path(p, name)]
+        matching = [p for p in patterns if (p not in ALIASES and matches_path(p, name)) or _replays(p, name, paths)]
         matched.update(matching)
         if matching:
             excluded.add(id(parameter))
     unknown = [pattern for pattern in patterns if pattern not in matched]
     if unknown:
         raise LayerError(f"layer pattern {unknown[0]!r} matches no module and no parameter of {type(model).__name__}")
-    handled = {
-        id(p) for name, module in model.named_modules() if kinds[name] is not None for p in module._parameters.values()
-    }
+    wanted = trainable.keys() - excluded
+    _refuse_unhandled(model, kinds, again, {id_: names[id_] for id_ in wanted})
+    scored_by_formula = {id(p): name for name in kinds for p in model.get_submodule(name)._parameters.values()}
     tapped: dict[str, Tapped] = {}
     scored: dict[str, Scored] = {}
     for name, module in model.named_modules():
-        own = {
-            key: names[id(p)]
-            for key, p in module._parameters.items()
-            if p is not None and id(p) in trainable and id(p) not in excluded
-        }
+        kind = kinds.get(name)
+        keys = again.get(name, ()) if kind is None else tuple(k for k, p in module._parameters.items() if p is not None)
+        own = {key: names[id(p)] for key in keys if id(p := module.get_parameter(key)) in wanted}
         if not own:
             continue
-        kind = kinds[name]
-        if kind is None and all(id(p) in handled for p in module._parameters.values() if p is not None):
-            continue  # layers below it use them; the check of the first batch finds a use of its own
         if kind is None:
-            raise LayerError(
-                f"module {name or type(model).__name__!r} is a {type(module).__name__} with trainable parameters "
-                f"{sorted(own)}: no layer type handles it, so its gradients cannot be scored. Freeze them, or leave "
-                f"them out of the score with `exclude_layers={list(own.values())}`"
-            )
+            _refuse_mixed_uses(name, module, own, scored_by_formula)
+            kind = ReplayedLayer(tuple(own))
         kind.check(module, name)
         tapped[name] = Tapped(module, kind, own)
         for key, full in own.items():
@@ -162,6 +160,39 @@ def survey(model: nn.Module, exclude: Sequence[str] = (), *, only: Collection[st
         covered=sum(s.parameter.numel() for s in scored.values()),
         trainable=sum(p.numel() for p in trainable.values()),
     )
+
+
+def _replays(pattern: str, name: str, paths: Collection[str]) -> bool:
+    """Whether ``pattern``, an alias, selects the parameter ``name``, for which its module runs again."""
+    return name in paths and pattern in ALIASES and matches(pattern, name, ReplayedLayer())
+
+
+def _refuse_mixed_uses(name: str, module: nn.Module, own: Mapping[str, str], formulas: Mapping[int, str]) -> None:
+    """LayerError for a parameter that a module without a formula shares with a layer that has one."""
+    for key, full in own.items():
+        other = formulas.get(id(module.get_parameter(key)))
+        if other is not None:
+            raise LayerError(
+                f"module {name!r}, a {type(module).__name__} that no formula knows, shares {full!r} with {other!r}: "
+                f"their gradients cannot be added up. Freeze it, or leave it out with `exclude_layers={[full]}`"
+            )
+
+
+def _refuse_unhandled(
+    model: nn.Module, kinds: Collection[str], again: Mapping[str, Sequence[str]], wanted: Mapping[int, str]
+) -> None:
+    """LayerError, with every parameter of ``wanted`` (names by id) that no tap of a module can see used."""
+    handled = {id(p) for name in kinds for p in model.get_submodule(name)._parameters.values()}
+    handled |= {id(model.get_submodule(name).get_parameter(key)) for name, keys in again.items() for key in keys}
+    missing = [name for id_, name in wanted.items() if id_ not in handled]
+    if missing:
+        owners = {name.rpartition(".")[0] for name in missing}
+        kinds_of = {owner or "the model itself": type(model.get_submodule(owner)).__name__ for owner in owners}
+        raise LayerError(
+            f"{len(missing)} trainable parameter(s) of modules that are never called with samples cannot be scored: "
+            f"{', '.join(f'{owner} ({kind})' for owner, kind in kinds_of.items())}. Freeze them, or leave them out "
+            f"of the score with `exclude_layers={missing}`"
+        )
 
 
 def version_of(model: nn.Module) -> int:

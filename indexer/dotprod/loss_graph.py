@@ -91,7 +91,7 @@ def _origins(logits: Tensor) -> set[Node]:
         name = type(node).__name__
         if not name.startswith(tuple(f"{copy}Backward" for copy in _COPIES)) or not node.next_functions:
             break
-        node = node.next_functions[0][0]
+        node = node.next_functions[-1][0]  # our own operations take the output last
     return origins
 
 

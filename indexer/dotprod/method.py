@@ -6,13 +6,14 @@ Legend: B samples of a train batch, V val samples, G val groups.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from indexer.dotprod.scores import Scores
 from indexer.encode.tap import See
+from indexer.layers import LayerType
 from indexer.projection.matrices import Projection
 
 
@@ -31,8 +32,8 @@ class Method(Protocol):
         """The projection of the samples' vectors; None if the method gives no vectors."""
 
     @property
-    def modules(self) -> list[str]:
-        """Names of the modules to tap."""
+    def kinds(self) -> dict[str, LayerType]:
+        """The types of the modules to tap, by name."""
 
     @property
     def blocks(self) -> list[str]:
@@ -41,7 +42,7 @@ class Method(Protocol):
     def attach(self, device: torch.device) -> None:
         """Get ready on ``device``, before the taps are put in place."""
 
-    def to_keep(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def to_keep(self, name: str, x: Any, dtype: torch.dtype) -> Any:
         """What the tap of module ``name`` keeps of the module's input ``x``; ``dtype`` is that of its output."""
 
     # The val pass.

@@ -33,6 +33,8 @@ class OpenBatch:
     closed: bool = False
     without_graph: list[str] = field(default_factory=list)
     """In a scoring pass, tapped modules that ran under no_grad, as in reentrant checkpointing."""
+    sized: bool = False
+    """Whether labels, weights or a layer showed that there are as many samples as ``size``."""
     ran: set[str] = field(default_factory=set)
     """Modules that ran, as their taps saw it."""
     serial: int = field(default_factory=_serials.__next__)
@@ -57,6 +59,19 @@ class OpenBatch:
         """Record a gradient that the watched loss received."""
         self._upstreams.append(gradient.detach().double().reshape(()))
 
+    def saw(self, name: str, *, flat: bool) -> None:
+        """Note that module ``name`` ran; ``flat``: its rows do not show how many samples there are."""
+        self.ran.add(name)
+        self.sized |= not flat
+
+    def refuse_unsized(self) -> None:
+        """CaptureError if nothing showed that the batch has as many samples as was said."""
+        if self.ran and not self.sized:
+            raise CaptureError(
+                f"every layer saw rows of samples and positions on one axis: nothing shows that there are {self.size} "
+                "samples, as prepare() was told. Give watch() the labels, or weights of the samples"
+            )
+
     def refuse_to_watch(self, loss: Tensor) -> None:
         """UsageError or CaptureError for what cannot be the loss of this batch."""
         if self.weights_B is not None:
@@ -71,6 +86,7 @@ class OpenBatch:
 
         UsageError for another shape.
         """
+        given = labels is not None or weights is not None
         if labels is not None:
             if labels.dim() != 2 or len(labels) != self.size:
                 raise UsageError(
@@ -82,6 +98,7 @@ class OpenBatch:
                 weights = counts_B / counts_B.sum().clamp_min(1)
         elif weights is None:
             weights = torch.full((self.size,), 1.0 / self.size, dtype=torch.float64, device=loss.device)
+        self.sized |= given
         if weights.shape != (self.size,):
             raise UsageError(f"there are weights for {tuple(weights.shape)} samples, but the batch has {self.size}")
         return weights.to(loss.device).double()

@@ -6,6 +6,7 @@ Legend: B samples, V val samples, G groups, D numbers of a vector.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from indexer.dotprod.metric import AdamMetric
 from indexer.dotprod.scores import Scores, divide
 from indexer.encode.plain import plain_block
 from indexer.encode.tap import See
-from indexer.layers import LayerType, Sides, layer_type_by_name
+from indexer.layers import LayerType, Sides
 from indexer.projection.matrices import Projection
 from indexer.projection.plan import BlockPlan
 from indexer.projection.selection import Use
@@ -45,8 +46,8 @@ class SketchedMethod:
         self._plain_GD: Tensor | None = None
         """The same without the metric."""
         self._model = model
-        self.uses: dict[str, tuple[BlockPlan, Use, LayerType, Sides]] = {}
-        """By name of the module to tap."""
+        self.uses: dict[str, list[tuple[BlockPlan, Use, Sides]]] = {}
+        """By name of the module to tap; a module without a formula may have a block for each of its parameters."""
         self._blocks: dict[str, Tensor] = {}
         self._ran: set[str] = set()
         self._val: list[Tensor] = []
@@ -59,41 +60,41 @@ class SketchedMethod:
     def attach(self, device: torch.device) -> None:
         """Move the matrices to the model's device and cut them for each use."""
         self.projection.to(device)
+        self.uses = {}
         for layer in self.projection.plan.layers:
             for use in layer.block.uses:
-                kind = layer_type_by_name(use.type)
                 sides = self.projection.sides_of(layer.block, use, self._model.get_submodule(use.module))
-                self.uses[use.module] = (layer, use, kind, sides)
+                self.uses.setdefault(use.module, []).append((layer, use, sides))
 
     @property
-    def modules(self) -> list[str]:
-        """Names of the modules to tap."""
-        return [use.module for layer in self.projection.plan.layers for use in layer.block.uses]
+    def kinds(self) -> dict[str, LayerType]:
+        """The types of the modules to tap, by name."""
+        return {use.module: use.kind for layer in self.projection.plan.layers for use in layer.block.uses}
 
     @property
     def blocks(self) -> list[str]:
         """Names of the blocks that have scores of their own: none under a global sketch."""
         return [] if self.projection.sketch else [name for name, _, _ in self.projection.plan.groups]
 
-    def to_keep(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def to_keep(self, name: str, x: Any, dtype: torch.dtype) -> Any:
         """Keep P_in x, or what the layer's type keeps in its place."""
         if self._in_val and self._full_val is not None:
             return self._full_val.to_keep(name, x, dtype)
-        _, _, kind, sides = self.uses[name]
+        _, use, sides = self.uses[name][0]  # what is kept is the same for all blocks of a module
         with torch.no_grad():
-            return kind.keep(self._model.get_submodule(name), x, sides, dtype)
+            return use.kind.keep(self._model.get_submodule(name), x, sides, dtype)
 
-    def _see(self, name: str, saved: Tensor, dy: Tensor) -> None:
-        layer, use, kind, sides = self.uses[name]
-        block_BKJ = kind.block(self._model.get_submodule(name), saved, dy, sides)
-        if use.flipped:
-            block_BKJ = block_BKJ.transpose(1, 2)
-        earlier = self._blocks.get(layer.block.name)
-        self._blocks[layer.block.name] = block_BKJ if earlier is None else earlier + block_BKJ
+    def _see(self, name: str, saved: Any, dy: Tensor) -> None:
+        for layer, use, sides in self.uses[name]:
+            block_BKJ = use.kind.block(self._model.get_submodule(name), saved, dy, sides)
+            if use.flipped:
+                block_BKJ = block_BKJ.transpose(1, 2)
+            earlier = self._blocks.get(layer.block.name)
+            self._blocks[layer.block.name] = block_BKJ if earlier is None else earlier + block_BKJ
         self._ran.add(name)
 
     def _vectors(self) -> Tensor:
-        missing = [name for name in self.modules if name not in self._ran]
+        missing = [name for name in self.kinds if name not in self._ran]
         if missing:
             raise CaptureError(
                 f"{len(missing)} projected layer(s) had no part in the loss: {', '.join(missing[:5])}; leave them out "
@@ -218,5 +219,6 @@ def _full_val_gradient(model: nn.Module, projection: Projection, metric: AdamMet
                 f'parameter {name!r} is projected but frozen, so `score_metric="adam"` has no second moment of it: '
                 "leave its layer out of the projection with `exclude_layers`"
             )
-    ledger = survey(model, only=[use.module for layer in projection.plan.layers for use in layer.block.uses])
+    uses = [use for layer in projection.plan.layers for use in layer.block.uses]
+    ledger = survey(model, only=[use.path for use in uses])
     return ExactMethod(ledger, route="direct", metric=metric, check=check)

@@ -9,17 +9,20 @@ gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from indexer.encode.modes import without_autocast
+from indexer.encode.tap import restored, save
 from indexer.layers import LayerType, Sides
 
 
 class SideBranch(torch.autograd.Function):
-    """``SideBranch.apply(y, G, saved, module, layer_type, sides, flipped) -> y``; see the docstring of this module.
+    """``SideBranch.apply(G, saved, use, rows, *outputs) -> outputs``; see the docstring of this module. ``use`` is
+    (module, layer type, sides, flipped).
 
     With ``flipped`` the sides of the block are swapped for this use of it (an lm_head tied to an embedding), and the
     block is transposed before it is returned.
@@ -28,26 +31,26 @@ class SideBranch(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        y: Tensor,
         leaf_BKJ: Tensor,
-        saved: Tensor,
-        module: nn.Module,
-        layer_type: LayerType,
-        sides: Sides,
-        flipped: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(saved)
-        ctx.use = (module, layer_type, sides, flipped)
+        saved: Any,
+        use: tuple[nn.Module, LayerType, Sides, bool],
+        rows: Callable[..., Tensor],
+        *outputs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        save(ctx, saved)
+        ctx.use, ctx.rows = use, rows
+        ctx.set_materialize_grads(False)
         # detach, not a view: the next module may modify y in place (ReLU(inplace=True)), as it may without the branch.
-        return y.detach()
+        return tuple(output.detach() for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        (dy,) = gradients
-        (saved,) = ctx.saved_tensors
+        some = next((gradient for gradient in gradients if gradient is not None), None)
+        if some is None:
+            return None, None, None, None, *gradients
         module, layer_type, sides, flipped = ctx.use
-        with without_autocast(dy.device.type):
-            block_BKJ = layer_type.block(module, saved, dy, sides)
+        with without_autocast(some.device.type):
+            block_BKJ = layer_type.block(module, restored(ctx), ctx.rows(gradients), sides)
         if flipped:
             block_BKJ = block_BKJ.transpose(1, 2)
-        return dy, block_BKJ, None, None, None, None, None
+        return block_BKJ, None, None, None, *gradients

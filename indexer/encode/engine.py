@@ -21,8 +21,6 @@ from indexer.encode.branch import SideBranch
 from indexer.encode.forward_probe import ABSENT, CallKeeper, CannotRun, strangers
 from indexer.encode.modes import without_autocast
 from indexer.encode.sample_axis import Witness, refuse_mixed
-from indexer.layers import layer_type_by_name
-from indexer.layers.base import by_sample, input_of, output_problem
 from indexer.projection.matrices import Projection
 from indexer.projection.plan import BlockPlan
 from indexer.projection.selection import Use
@@ -277,7 +275,9 @@ class GradProjLoraEngine:
         call = None if self._keeper is None else self._keeper.call
         if call is not None:
             try:
-                problems = strangers(self.model, call, self._batch, self._ran, outputs=not covered)
+                uses = (use for layer in self.projection.plan.layers for use in layer.block.uses)
+                kinds = {use.module: use.kind for use in uses if use.module in self._ran}
+                problems = strangers(self.model, call, self._batch, kinds, outputs=not covered)
             except CannotRun:
                 if not covered:
                     raise
@@ -291,24 +291,24 @@ class GradProjLoraEngine:
     def _hook(self, layer: BlockPlan, use: Use, module: nn.Module) -> Callable[..., Any]:
         """The forward hook of one use. Without a prepared batch it does not change the output."""
         name = layer.block.name
-        layer_type = layer_type_by_name(use.type)
+        layer_type = use.kind
         sides = self.projection.sides_of(layer.block, use, module)
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> Any:
             leaf = self._leaves.get(name)
             if leaf is None:
                 return None
-            x = input_of(args, kwargs)
             if self._witness is not None:
-                problem = output_problem(layer_type, module, x, y)
+                problem = layer_type.output_problem(module, args, kwargs, y)
                 refuse_mixed({} if problem is None else {use.module: problem}, len(self._handles))
-            x, y = by_sample(x, y, self._batch, layer_type, use.module)
-            with torch.no_grad(), without_autocast(y.device.type):
-                saved = layer_type.keep(module, x, sides, y.dtype)
+            seen = layer_type.seen(module, args, kwargs, y, self._batch, use.module)
+            with torch.no_grad(), without_autocast(seen.device.type):
+                saved = layer_type.keep(module, seen.x, sides, seen.dtype)
             self._ran.add(use.module)
-            output: Tensor = SideBranch.apply(  # type: ignore[no-untyped-call]
-                y, leaf, saved, module, layer_type, sides, use.flipped
+            outputs: tuple[Tensor, ...] = SideBranch.apply(  # type: ignore[no-untyped-call]
+                leaf, saved, (module, layer_type, sides, use.flipped), seen.rows, *seen.outputs
             )
-            return output if self._witness is None else self._witness.tap(use.module, output)
+            seen = seen._replace(outputs=outputs)
+            return seen.back((seen if self._witness is None else self._witness.tap(use.module, seen)).outputs)
 
         return hook

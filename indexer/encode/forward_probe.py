@@ -13,7 +13,7 @@ layer, with batches of copies of one sample, which cannot mix anything into it. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf, isfinite
 from typing import Any, NamedTuple
 
@@ -38,8 +38,7 @@ from indexer.encode.sample_axis import (
     row_sums,
     taken,
 )
-from indexer.layers import layer_type_of
-from indexer.layers.base import axis_problem, by_sample, input_of
+from indexer.layers import LayerType
 
 ABSENT = "does not run in eval mode"
 _MIXED = "its input does not follow the samples: they are mixed, routed or in another order"
@@ -102,10 +101,10 @@ class CallKeeper:
 
 
 def strangers(
-    model: nn.Module, call: Call, batch: int, layers: Iterable[str], *, outputs: bool = False
+    model: nn.Module, call: Call, batch: int, layers: Mapping[str, LayerType], *, outputs: bool = False
 ) -> dict[str, str]:
-    """The ``layers`` whose input rows do not belong to the ``batch`` samples of ``call``, each with a phrase that says
-    what is wrong.
+    """The layers, of ``layers`` by name, whose input rows do not belong to the ``batch`` samples of ``call``, each with
+    a phrase that says what is wrong.
 
     The model runs in eval mode. If it is in training mode and not random, it runs in that mode, too. Its mode, its
     buffers and the random state are restored. A layer that does not run in eval mode is among the results, because
@@ -114,7 +113,7 @@ def strangers(
 
     CannotRun if the model accepts no other batch than the whole one, or is random.
     """
-    probe = _Probe(model, call, batch, set(layers))
+    probe = _Probe(model, call, batch, layers)
     autocast = torch.autocast(device_type(model), dtype=call.autocast, enabled=call.autocast is not None)
     with buffers_kept(model), torch.no_grad(), autocast:
         with evaluating(model):
@@ -127,8 +126,8 @@ def strangers(
 class _Probe:
     """Runs a model on some of the samples of a batch and compares the rows with those of the whole batch."""
 
-    def __init__(self, model: nn.Module, call: Call, batch: int, names: set[str]) -> None:
-        self.model, self.call, self.batch, self.names = model, call, batch, names
+    def __init__(self, model: nn.Module, call: Call, batch: int, kinds: Mapping[str, LayerType]) -> None:
+        self.model, self.call, self.batch, self.kinds, self.names = model, call, batch, kinds, set(kinds)
         self.problems: dict[str, str] = {}
         self._expanded: set[str] = set()
         self._whole: dict[str, list[Tensor]] = {}
@@ -260,22 +259,21 @@ class _Probe:
                 ) from error
         return dict(_output_sums(output))
 
-    def _hook(self, name: str, batch: int, rows_by_layer: dict[str, list[Tensor]]) -> Callable[..., Tensor | None]:
+    def _hook(self, name: str, batch: int, rows_by_layer: dict[str, list[Tensor]]) -> Callable[..., Any]:
         """A forward hook that records the rows of a layer's input, and what is wrong with its shape."""
+        kind = self.kinds[name]
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
-            x = input_of(args, kwargs)
-            kind = layer_type_of(module)
-            assert kind is not None
-            problem = axis_problem(x, batch, kind)
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> Any:
+            problem = kind.axis_problem(args, kwargs, y, batch)
             if problem is not None:
                 self.problems[name] = problem
                 return None
-            if len(x) != batch:
+            seen = kind.seen(module, args, kwargs, y, batch, name)
+            if seen.expanded:
                 self._expanded.add(name)
-            x_B, y_B = by_sample(x, y, batch, kind, name)
-            rows_by_layer.setdefault(name, []).append(row_sums(x_B))
-            return y_B  # expanded to one row a sample, as the engines do
+            inputs = seen.x if isinstance(seen.x, Tensor) else seen.x.inputs()
+            rows_by_layer.setdefault(name, []).append(row_sums(inputs))
+            return seen.back(seen.outputs)  # expanded to one row a sample, as the engines do
 
         return hook
 

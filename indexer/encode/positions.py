@@ -22,8 +22,7 @@ from indexer.encode.encoder import RowEncoder, forward_options, pad
 from indexer.encode.losses import next_token_losses
 from indexer.encode.modes import without_autocast
 from indexer.encode.tokens import Row
-from indexer.layers import LayerType, Sides, layer_type_by_name
-from indexer.layers.base import by_sample, input_of
+from indexer.layers import LayerType, Sides
 from indexer.projection.matrices import Projection
 from indexer.projection.plan import BlockPlan
 from indexer.projection.selection import Use
@@ -135,12 +134,19 @@ def _hook(
     leaf: list[Tensor],
 ) -> Callable[..., Any]:
     """The forward hook of one use of a layer, for the batch whose leaf stands in ``leaf``."""
-    layer_type, sides = layer_type_by_name(use.type), projection.sides_of(layer.block, use, module)
+    layer_type, sides = use.kind, projection.sides_of(layer.block, use, module)
+    if not layer_type.has_formula:
+        raise CaptureError(
+            f"layer {use.module!r} is a {type(module).__name__}, which no formula takes apart: what each token adds to "
+            f"its gradient cannot be told. Leave it out of the question with `exclude_layers` {use.module!r}"
+        )
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> Any:
         (leaf_QBT,) = leaf
         _, batch, positions = leaf_QBT.shape
-        x, y = by_sample(input_of(args, kwargs), y, batch, layer_type, use.module)
+        seen = layer_type.seen(module, args, kwargs, y, batch, use.module)
+        x, (y,) = seen.x, seen.outputs
+        assert isinstance(x, Tensor)
         inner = y.shape[1:-1]
         if not inner or inner[0] != positions or positions in inner[1:]:
             raise CaptureError(
@@ -151,6 +157,6 @@ def _hook(
             saved = layer_type.keep(module, x.reshape(-1, *x.shape[2:]), sides, y.dtype)
         reached = _Reached(module, layer_type, sides, use.flipped, query_of[layer.block.name], positions)
         output: Tensor = _PositionBranch.apply(y, leaf_QBT, saved, reached)  # type: ignore[no-untyped-call]
-        return output
+        return seen.back((output,))
 
     return hook

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from ghoststore.errors import CaptureError
 from indexer.encode.modes import devices_of, reseed
-from indexer.encode.tap import Tap
+from indexer.encode.tap import tapped
 from indexer.layers import LayerType
-from indexer.layers.base import axis_problem, by_sample, input_of, output_problem
+from indexer.layers.base import Seen
 
 SKETCH = 4
 """Number of random sums that represent a row. Rows that differ have equal sums with probability zero."""
@@ -61,7 +61,7 @@ class Witness:
     ::
 
         witness = Witness(device)
-        y = witness.tap("layer", y)  # in the forward pass, at each call of each layer
+        seen = witness.tap("layer", seen)  # in the forward pass, at each call of each layer
         witness.run(losses_B)
         witness.problems()
     """
@@ -74,12 +74,11 @@ class Witness:
         self._weights = torch.ones(0)
         self._dtypes: set[torch.dtype] = set()
 
-    def tap(self, name: str, y: Tensor) -> Tensor:
-        """``y`` with a tap on its gradient. Its first axis should be that of the samples."""
+    def tap(self, name: str, seen: Seen) -> Seen:
+        """``seen`` with a tap on its outputs, whose first axis should be that of the samples."""
         self._names.append(name)
-        self._dtypes.add(y.dtype)
-        tapped: Tensor = Tap.apply(y, y.new_empty(0), partial(self._see, len(self._names) - 1), self.leaf)  # type: ignore[no-untyped-call]
-        return tapped
+        self._dtypes.add(seen.dtype)
+        return tapped(seen, seen.outputs[0].new_empty(0), partial(self._see, len(self._names) - 1), self.leaf)
 
     def _see(self, place: int, saved: Tensor, dy: Tensor) -> None:
         if self._seen:  # ignore backward passes of the caller before plain()
@@ -318,14 +317,14 @@ class AxisProbe:
     def _hook(
         self, witness: Witness, name: str, kind: LayerType, batch: int, problems: dict[str, str]
     ) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
-            x = input_of(args, kwargs)
-            problem = axis_problem(x, batch, kind) or output_problem(kind, module, x, y)
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> Any:
+            problem = kind.axis_problem(args, kwargs, y, batch) or kind.output_problem(module, args, kwargs, y)
             if problem is not None:
                 problems[name] = problem
                 return None
-            self._expanded |= len(x) != batch
-            return witness.tap(name, by_sample(x, y, batch, kind, name)[1])
+            seen = kind.seen(module, args, kwargs, y, batch, name)
+            self._expanded |= seen.expanded
+            return seen.back(witness.tap(name, seen).outputs)
 
         return hook
 

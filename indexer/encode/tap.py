@@ -9,32 +9,53 @@ import torch
 from torch import Tensor
 
 from indexer.encode.modes import without_autocast
+from indexer.layers.base import Seen
 
-See = Callable[[Tensor, Tensor], None]
+See = Callable[[Any, Tensor], None]
 """The callback: (what was saved of the layer's input, gradient at its output)."""
 
 
-class Tap(torch.autograd.Function):
-    """``Tap.apply(y, saved, see, leaf) -> y``: backward calls ``see(saved, dy)`` and passes dy on unchanged.
+def save(ctx: Any, saved: Any) -> None:
+    """Keep ``saved`` for the backward pass: a tensor with autograd, anything else as it is."""
+    ctx.save_for_backward(*([saved] if isinstance(saved, Tensor) else []))
+    ctx.call = None if isinstance(saved, Tensor) else saved
 
-    Autograd saves ``saved``: so gradient checkpointing drops and recomputes it, and a change in place is an error.
+
+def restored(ctx: Any) -> Any:
+    """What :func:`save` kept."""
+    return ctx.saved_tensors[0] if ctx.call is None else ctx.call
+
+
+def tapped(seen: Seen, saved: Any, see: See, leaf: Tensor | None) -> Seen:
+    """``seen`` with a tap on its outputs."""
+    outputs: tuple[Tensor, ...] = Tap.apply(saved, see, leaf, seen.rows, *seen.outputs)  # type: ignore[no-untyped-call]
+    return seen._replace(outputs=outputs)
+
+
+class Tap(torch.autograd.Function):
+    """``Tap.apply(saved, see, leaf, rows, *outputs) -> outputs``: backward calls ``see(saved, rows(gradients))`` and
+    passes the gradients on unchanged.
+
+    Autograd saves a tensor ``saved``: so gradient checkpointing drops and recomputes it, and a change in place is an
+    error.
     ``leaf`` makes ``torch.autograd.grad`` reach the tap without any weight gradient; None if that is not needed.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, saved: Tensor, see: See, leaf: Tensor | None) -> Tensor:
-        ctx.save_for_backward(saved)
-        ctx.see = see
+    def forward(
+        ctx: Any, saved: Any, see: See, leaf: Tensor | None, rows: Callable[..., Tensor], *outputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        save(ctx, saved)
+        ctx.see, ctx.rows = see, rows
         ctx.set_materialize_grads(False)
         # detach, not a view: the next module may modify y in place (ReLU(inplace=True)), as it may without the tap.
-        return y.detach()
+        return tuple(output.detach() for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        (dy,) = gradients
-        if dy is None:
-            return None, None, None, None
-        (saved,) = ctx.saved_tensors
-        with torch.no_grad(), without_autocast(dy.device.type):
-            ctx.see(saved, dy.detach())
-        return dy, None, None, dy.new_zeros(()) if ctx.needs_input_grad[3] else None
+        some = next((gradient for gradient in gradients if gradient is not None), None)
+        if some is None:
+            return None, None, None, None, *gradients
+        with torch.no_grad(), without_autocast(some.device.type):
+            ctx.see(restored(ctx), ctx.rows([None if dy is None else dy.detach() for dy in gradients]))
+        return None, None, some.new_zeros(()) if ctx.needs_input_grad[2] else None, None, *gradients

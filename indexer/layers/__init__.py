@@ -13,6 +13,7 @@ from indexer.layers.conv1d import Conv1DLayer
 from indexer.layers.embedding import EmbeddingLayer
 from indexer.layers.linear import LinearLayer
 from indexer.layers.norm import LayerNormLayer, RMSNormLayer
+from indexer.layers.replayed import ReplayedLayer
 
 __all__ = [
     "LAYER_TYPES",
@@ -23,6 +24,7 @@ __all__ = [
     "LayerType",
     "LinearLayer",
     "RMSNormLayer",
+    "ReplayedLayer",
     "Sides",
     "layer_type_by_name",
     "layer_type_of",

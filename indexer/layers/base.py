@@ -10,15 +10,22 @@ P_out · gradient · P_inᵀ. It is computed without forming the gradient: block
 
 from __future__ import annotations
 
+import inspect
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from functools import reduce
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ghoststore.errors import CaptureError, LayerError
 from indexer.layers.factors import Factors
+
+if TYPE_CHECKING:
+    from indexer.layers.replayed import Call
 
 OUTPUT, NARROW_OUTPUT = 1e-3, 0.05
 """Largest relative difference of an output from its formula that can be rounding, in float32 and in 16 bits."""
@@ -52,6 +59,38 @@ class Sides(NamedTuple):
     """Projects the gradient at the layer's output."""
 
 
+class Seen(NamedTuple):
+    """One run of a layer, with the samples of the batch on the first axis."""
+
+    x: Tensor | Call
+    """The input; of a layer without a formula the whole call."""
+    outputs: tuple[Tensor, ...]
+    """Where the taps go; one tensor where a formula knows the layer."""
+    back: Callable[[Sequence[Tensor]], Any]
+    """From the tapped :attr:`outputs` to what the module returned."""
+    rows: Callable[[Sequence[Tensor | None]], Tensor] = operator.itemgetter(0)
+    """From the gradients at the outputs (None where none came) to the gradient that :class:`LayerType` takes."""
+    expanded: bool = False
+    """Whether the layer ran once for all samples, so that its outputs are repeated."""
+    flat: bool = False
+    """Whether the axis of samples was also that of positions: its length shows no batch size."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest of the outputs."""
+        return reduce(torch.promote_types, (output.dtype for output in self.outputs))
+
+    @property
+    def device(self) -> torch.device:
+        """That of the outputs."""
+        return self.outputs[0].device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient may come to an output."""
+        return any(output.requires_grad for output in self.outputs)
+
+
 class LayerType(ABC):
     """A type of layer: the modules it handles, its axes and its formulas. It has no state."""
 
@@ -63,6 +102,12 @@ class LayerType(ABC):
 
     transposed: bool = False
     """Whether the weight is stored as (n_in, n_out)."""
+    has_formula: bool = True
+    """Whether gradients come from a formula of ``x`` and ``dy``; else the module runs again, sample by sample."""
+
+    def of(self, parameter: str) -> LayerType:
+        """This type for a use of ``parameter`` of the module; a formula serves all parameters."""
+        return self
 
     @abstractmethod
     def handles(self, module: nn.Module) -> bool:
@@ -83,19 +128,48 @@ class LayerType(ABC):
         is not called, because it may have been replaced.
         """
 
+    def seen(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any, batch: int, name: str
+    ) -> Seen:
+        """A run of the layer ``name`` with ``batch`` samples, which returned ``y``.
+
+        CaptureError if its input cannot have them on the first axis.
+        """
+        return by_sample(input_of(args, kwargs), y, batch, self, name)
+
+    def axis_problem(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any, batch: int) -> str | None:
+        """Why the input of a call cannot have the ``batch`` samples on its first axis, in words; None if it can.
+
+        :mod:`indexer.encode.sample_axis` checks whether it has.
+        """
+        return axis_problem(input_of(args, kwargs), batch, self)
+
+    def output_problem(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> str | None:
+        """Why ``y`` is not the output of ``module`` by the formulas, in words; None if it is."""
+        return output_problem(self, module, input_of(args, kwargs), y)
+
+    def held(self, x: Any, dtype: torch.dtype) -> Any:
+        """The input ``x`` of :class:`Seen`, to be kept for :meth:`factors`; ``dtype`` is that of the output."""
+        x = x.detach()
+        return x.to(dtype) if x.is_floating_point() and self.is_matrix else x
+
+    def parts(self, x: Any, dy: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        """``x`` and ``dy`` cut along the samples, so that the :meth:`factors` of a part fit in memory."""
+        yield x, dy
+
     @abstractmethod
-    def keep(self, module: nn.Module, x: Tensor, sides: Sides, dtype: torch.dtype) -> Tensor:
+    def keep(self, module: nn.Module, x: Any, sides: Sides, dtype: torch.dtype) -> Any:
         """What the backward pass needs of the input. Nothing else is saved between the two passes.
 
         ``x`` is the layer's input, first axis B; ``dtype`` that of its output.
         """
 
     @abstractmethod
-    def block(self, module: nn.Module, saved: Tensor, dy: Tensor, sides: Sides) -> Tensor:
+    def block(self, module: nn.Module, saved: Any, dy: Tensor, sides: Sides) -> Tensor:
         """The block (B, K, J), float32, from what was saved and the gradient ``dy`` at the output."""
 
     @abstractmethod
-    def factors(self, module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Factors]:
+    def factors(self, module: nn.Module, x: Any, dy: Tensor) -> dict[str, Factors]:
         """Each sample's gradient of every parameter of ``module``, by the parameter's name in it.
 
         ``x`` is the layer's input, ``dy`` the gradient at its output, first axis B. Matrices are ``Outer``, in the
@@ -136,6 +210,52 @@ def runs_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:
         and type(module).forward is cls.forward
         and isinstance(module._parameters.get("weight"), nn.Parameter)
     )
+
+
+_COMPUTES: dict[tuple[type[nn.Module], str], bool] = {}
+
+
+def computes(module: nn.Module, kind: LayerType, x: Tensor) -> bool:
+    """Whether ``module``, a class of somebody's own, computes for ``x`` what ``kind`` says, with other weights, too.
+
+    It is tried once for a class. Later each call is held against the formula: see :func:`output_problem`.
+    """
+    key = (type(module), kind.name)
+    if key not in _COMPUTES:
+        _COMPUTES[key] = _computes(module, kind, x)
+    return _COMPUTES[key]
+
+
+def _computes(module: nn.Module, kind: LayerType, x: Tensor) -> bool:
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    if sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) != 2:  # self and the input
+        return False
+    generator = torch.Generator().manual_seed(0)
+    own = {key: p for key, p in module._parameters.items() if p is not None}
+    if any(p.is_meta or not p.is_floating_point() for p in own.values()):
+        return False
+    # A copy with random weights: at 1 (or 0) other formulas agree by chance.
+    copied = deepcopy(module)
+    devices = [x.device] if x.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        for p in copied._parameters.values():
+            if p is not None:
+                p.copy_(0.5 + torch.rand(p.shape, generator=generator))
+        for scale in (1.0, 0.01):  # with small numbers an epsilon shows
+            x_scaled = x if kind.is_lookup else x * scale
+            try:
+                y = type(copied).forward(copied, x_scaled)
+            except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+                return False
+            if not isinstance(y, Tensor) or output_problem(kind, copied, x_scaled, y) is not None:
+                return False
+    return True
+
+
+def drawn_input(weight: Tensor, width: int) -> Tensor:
+    """(1, 2, width): random numbers, on the device of ``weight`` and in its dtype."""
+    x = torch.randn(1, 2, width, generator=torch.Generator().manual_seed(1))
+    return x.to(weight.device, weight.dtype)
 
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -184,41 +304,63 @@ def _output_error(kind: LayerType, module: nn.Module, x: Tensor, y: Tensor) -> f
 
 
 def axis_problem(x: Tensor, batch: int, kind: LayerType) -> str | None:
-    """Why an input ``x`` of a layer cannot have the ``batch`` samples on its first axis, in words; None if it can.
-
-    :mod:`indexer.encode.sample_axis` checks whether it has.
-    """
-    shape = tuple(x.shape)
-    if kind.is_lookup and x.dim() == 1:  # may be positions, even if their number is that of the samples
-        return (
-            f"saw an input of shape {shape}, an index of one axis: samples or positions? Give it two, (samples, 1) or "
-            "(1, positions)"
-        )
-    if x.shape[0] == batch or _once_for_all(x, kind):
+    """See :meth:`LayerType.axis_problem`."""
+    if x.shape[0] == batch and not (kind.is_lookup and x.dim() == 1):
         return None
+    if _once_for_all(x, kind) or _flattened(x, batch, kind):
+        return None
+    shape = tuple(x.shape)
+    if kind.is_lookup and x.dim() == 1:
+        return (
+            f"saw an input of shape {shape}, an index of one axis that does not count up: samples or positions? Give "
+            "it two, (samples, 1) or (1, positions)"
+        )
     return f"saw an input of shape {shape} in a batch of {batch} samples"
 
 
 def _once_for_all(x: Tensor, kind: LayerType) -> bool:
-    """Whether ``x`` is an index of positions, (1, positions), for which the layer runs once for the whole batch."""
-    return kind.is_lookup and x.dim() == 2 and x.shape[0] == 1
+    """Whether ``x`` is an index of positions, for which the layer runs once for the whole batch: (1, positions), or
+    numbers that count up. Checks of the first batches find an index of samples that looks like one.
+    """
+    if not kind.is_lookup or x.dim() > 2:
+        return False
+    if x.dim() == 2:
+        return x.shape[0] == 1
+    return x.dim() == 1 and bool((x.diff() == 1).all())
 
 
-def by_sample(x: Tensor, y: Tensor, batch: int, kind: LayerType, name: str) -> tuple[Tensor, Tensor]:
+def _flattened(x: Tensor, batch: int, kind: LayerType) -> bool:
+    """Whether ``x`` (samples · positions, I) can have the positions of each sample one after the other."""
+    return not kind.is_lookup and x.dim() == 2 and len(x) > batch and len(x) % batch == 0
+
+
+def by_sample(x: Tensor, y: Tensor, batch: int, kind: LayerType, name: str) -> Seen:
     """Input and output of the layer ``name`` with the samples of the batch on the first axis.
 
     A position embedding runs once for the whole batch, so its tensors are expanded to the batch. Later layers then work
-    on B copies; dropout right after it would draw for each. CaptureError for any other layer whose first axis is not
-    the batch.
+    on B copies; dropout right after it would draw for each. Where the axes of samples and positions are one, they are
+    told apart. CaptureError for any other layer whose first axis is not the batch.
     """
     problem = axis_problem(x, batch, kind)
     if problem is not None:
         raise CaptureError(
             f"layer {name!r} {problem}; its first axis must be the samples. Leave the layer out with `exclude_layers`"
         )
-    if x.shape[0] != batch:
-        return x.expand(batch, -1), y.expand(batch, -1, -1)
-    return x, y
+    if _once_for_all(x, kind) and (x.dim() == 1 or batch != 1):
+        y = y if y.dim() == 3 else y.unsqueeze(0)  # another tap may have expanded it already
+        return Seen(x.reshape(1, -1).expand(batch, -1), (y.expand(batch, -1, -1),), _only, expanded=True)
+    if len(x) != batch:
+        y_BMO = y.reshape(batch, -1, y.shape[-1])
+        return Seen(x.reshape(batch, -1, x.shape[-1]), (y_BMO,), _flat_again, flat=True)
+    return Seen(x, (y,), _only)
+
+
+def _only(outputs: Sequence[Tensor]) -> Tensor:
+    return outputs[0]
+
+
+def _flat_again(outputs: Sequence[Tensor]) -> Tensor:
+    return outputs[0].flatten(0, 1)
 
 
 def flatten_positions(x: Tensor) -> Tensor:

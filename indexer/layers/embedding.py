@@ -1,7 +1,7 @@
 """torch.nn.Embedding: a Linear with a one-hot input, so that P_in x is a column of P_in.
 
 n_in is the vocabulary (or the number of positions), n_out the width. The gradient matrix is the transpose of the stored
-weight's gradient.
+weight's gradient. Some classes multiply the output with a number of their own (Gemma, BioGPT, XGLM: ``embed_scale``).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from indexer.layers.base import (
     Axis,
     LayerType,
     Sides,
+    computes,
     flatten_positions,
     outer_sum,
     project,
@@ -30,7 +31,12 @@ class EmbeddingLayer(LayerType):
     is_lookup = True
 
     def handles(self, module: nn.Module) -> bool:
-        return runs_forward_of(module, nn.Embedding)
+        if runs_forward_of(module, nn.Embedding):
+            return True
+        weight = module._parameters.get("weight")
+        if not isinstance(module, nn.Embedding) or not isinstance(weight, nn.Parameter) or _scale(module) is None:
+            return False
+        return computes(module, self, torch.tensor([[0, len(weight) - 1]], device=weight.device))
 
     def axes(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, nn.Embedding)
@@ -46,13 +52,15 @@ class EmbeddingLayer(LayerType):
             )
 
     def outputs(self, module: nn.Module, x: Tensor) -> list[Tensor]:
-        return [torch.nn.functional.embedding(x, module.get_parameter("weight"))]
+        rows, scale = torch.nn.functional.embedding(x, module.get_parameter("weight")), _scale_of(module)
+        return [rows if scale is None else rows * scale.to(rows)]
 
     def keep(self, module: nn.Module, x: Tensor, sides: Sides, dtype: torch.dtype) -> Tensor:
         return x.reshape(x.shape[0], -1)
 
     def block(self, module: nn.Module, saved: Tensor, dy: Tensor, sides: Sides) -> Tensor:
         assert isinstance(module, nn.Embedding)
+        dy = _scaled(module, dy)
         if isinstance(sides.in_JI, Axis):
             return self._whole_axis(
                 module, saved, project(flatten_positions(dy), sides.out_KO, None, dy.dtype), sides.in_JI
@@ -75,7 +83,24 @@ class EmbeddingLayer(LayerType):
 
     def factors(self, module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Factors]:
         assert isinstance(module, nn.Embedding)
-        ids_BM, dy_BMO = x.reshape(x.shape[0], -1), flatten_positions(dy)
+        ids_BM, dy_BMO = x.reshape(x.shape[0], -1), flatten_positions(_scaled(module, dy))
         if module.padding_idx is not None:
             dy_BMO = dy_BMO.masked_fill(ids_BM.eq(module.padding_idx).unsqueeze(-1), 0.0)
         return {"weight": Outer(ids_BM, dy_BMO)}
+
+
+def _scale_of(module: nn.Module) -> Tensor | None:
+    """The number that ``module`` multiplies its output with; None for torch's own class, which has none."""
+    return None if runs_forward_of(module, nn.Embedding) else _scale(module)
+
+
+def _scale(module: nn.Module) -> Tensor | None:
+    value = getattr(module, "embed_scale", None)
+    if isinstance(value, Tensor):
+        return value.reshape(()) if value.numel() == 1 else None
+    return torch.tensor(float(value)) if isinstance(value, (int, float)) else None
+
+
+def _scaled(module: nn.Module, dy: Tensor) -> Tensor:
+    scale = _scale_of(module)
+    return dy if scale is None else dy * scale.to(dy)

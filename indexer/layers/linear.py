@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from indexer.layers.base import (
     LayerType,
     Sides,
+    computes,
+    drawn_input,
     flatten_positions,
     outer_sum,
     project,
@@ -23,7 +25,12 @@ class LinearLayer(LayerType):
     name = "linear"
 
     def handles(self, module: nn.Module) -> bool:
-        return runs_forward_of(module, nn.Linear)
+        if runs_forward_of(module, nn.Linear):
+            return True
+        weight = module._parameters.get("weight")
+        if not isinstance(module, nn.Linear) or not isinstance(weight, nn.Parameter):
+            return False
+        return computes(module, self, drawn_input(weight, module.in_features))
 
     def axes(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, nn.Linear)

@@ -6,14 +6,25 @@ layer's own input, which autograd keeps anyway.
 
 from __future__ import annotations
 
-from copy import deepcopy
-
 import torch
 from torch import Tensor, nn
 
-from ghoststore.errors import LayerError
-from indexer.layers.base import Axis, LayerType, Sides, at_least_float, project, register, runs_forward_of, summed
+from indexer.layers.base import (
+    Axis,
+    LayerType,
+    Sides,
+    at_least_float,
+    computes,
+    drawn_input,
+    project,
+    register,
+    runs_forward_of,
+    summed,
+)
 from indexer.layers.factors import Factors, Vector
+
+LAYER_NORM_EPSILON = 1e-5
+"""Of a class that names none (nanoGPT's)."""
 
 
 class NormLayer(LayerType):
@@ -51,74 +62,60 @@ class NormLayer(LayerType):
 
 @register
 class LayerNormLayer(NormLayer):
+    """torch.nn.LayerNorm, and classes that compute the same with weights γ or 1 + γ (Cohere, Nemotron, nanoGPT)."""
+
     name = "layernorm"
 
     def handles(self, module: nn.Module) -> bool:
-        return runs_forward_of(module, nn.LayerNorm)
+        return _handles(self, module, nn.LayerNorm)
 
-    def check(self, module: nn.Module, name: str) -> None:
-        assert isinstance(module, nn.LayerNorm)
-        if len(module.normalized_shape) != 1:
-            raise LayerError(f"layer {name!r} normalises over {len(module.normalized_shape)} axes; one is supported")
+    def outputs(self, module: nn.Module, x: Tensor) -> list[Tensor]:
+        x_hat, bias = self.normalised(module, x), module._parameters.get("bias")
+        shift = 0.0 if bias is None else bias
+        return [x_hat * weight + shift for weight in _weights(module, x_hat, nn.LayerNorm)]
 
     def normalised(self, module: nn.Module, x: Tensor) -> Tensor:
-        assert isinstance(module, nn.LayerNorm)
-        return torch.nn.functional.layer_norm(at_least_float(x), module.normalized_shape, None, None, module.eps)
+        epsilon = _epsilon(module, LAYER_NORM_EPSILON)
+        return torch.nn.functional.layer_norm(at_least_float(x), (x.shape[-1],), None, None, epsilon)
 
 
 @register
 class RMSNormLayer(NormLayer):
-    """torch.nn.RMSNorm and the RMSNorm classes of transformers, recognised by name.
-
-    :meth:`check` compares a class with the formula before it is used.
-    """
+    """torch.nn.RMSNorm, and classes that compute the same with weights γ or 1 + γ (Llama, T5, Gemma)."""
 
     name = "rmsnorm"
 
     def handles(self, module: nn.Module) -> bool:
-        weight = module._parameters.get("weight")
-        has_name = type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
-        return has_name and isinstance(weight, nn.Parameter) and weight.dim() == 1
+        return module._parameters.get("bias") is None and _handles(self, module, nn.RMSNorm)
 
     def outputs(self, module: nn.Module, x: Tensor) -> list[Tensor]:
         x_hat = self.normalised(module, x)
-        weight = module.get_parameter("weight").to(x_hat.dtype)
-        return [x_hat * weight, x_hat * (1.0 + weight)]
-
-    @staticmethod
-    def epsilon(module: nn.Module) -> float | None:
-        """The module's epsilon; None if it is the machine epsilon of the input's dtype (torch)."""
-        for attribute in ("variance_epsilon", "eps"):
-            if hasattr(module, attribute):
-                value = getattr(module, attribute)
-                return None if value is None else float(value)
-        return None
+        return [x_hat * weight for weight in _weights(module, x_hat, nn.RMSNorm)]
 
     def normalised(self, module: nn.Module, x: Tensor) -> Tensor:
-        epsilon = self.epsilon(module)
-        epsilon = torch.finfo(x.dtype).eps if epsilon is None else epsilon
+        epsilon = _epsilon(module, torch.finfo(x.dtype).eps)  # torch: that of the input's dtype
         return torch.nn.functional.rms_norm(at_least_float(x), (x.shape[-1],), None, epsilon)
 
-    def check(self, module: nn.Module, name: str) -> None:
-        """Run the module on a small input: it must compute γ ⊙ x̂ or (1 + γ) ⊙ x̂."""
-        # A copy with random weights: at 1 (or 0) other formulas agree by chance.
-        module = deepcopy(module)
-        weight = module.get_parameter("weight")
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            weight.copy_(0.5 + torch.rand(weight.shape, generator=generator))
-        x = torch.randn(2, weight.numel(), generator=generator).to(weight.device, weight.dtype)
-        with torch.no_grad():
-            try:
-                y = module(x).float()
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise LayerError(f"layer {name!r} ({type(module).__name__}) is not an RMSNorm: {error}") from error
-            scale = weight.float()
-            x_hat = self.normalised(module, x).float()
-            tolerance = 5e-2 if weight.dtype in (torch.float16, torch.bfloat16) else 1e-4
-            plain, shifted = x_hat * scale, x_hat * (1.0 + scale)
-            if not any(torch.allclose(y, expected, rtol=tolerance, atol=tolerance) for expected in (plain, shifted)):
-                raise LayerError(
-                    f"layer {name!r} ({type(module).__name__}) does not compute weight * x / rms(x): "
-                    "its gradient formula is not known; exclude it with `exclude_layers`"
-                )
+
+def _handles(kind: NormLayer, module: nn.Module, known: type[nn.Module]) -> bool:
+    """Whether ``module``, with a vector as weight, is a ``known`` norm or computes what ``kind`` says."""
+    own = {key: value for key, value in module._parameters.items() if value is not None}
+    weight = own.get("weight")
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not own.keys() <= {"weight", "bias"}:
+        return False
+    return runs_forward_of(module, known) or computes(module, kind, drawn_input(weight, len(weight)))
+
+
+def _weights(module: nn.Module, x_hat: Tensor, known: type[nn.Module]) -> list[Tensor]:
+    """γ, in the dtype of ``x_hat``, and for somebody's own class 1 + γ."""
+    weight = module.get_parameter("weight").to(x_hat.dtype)
+    return [weight] if runs_forward_of(module, known) else [weight, 1.0 + weight]
+
+
+def _epsilon(module: nn.Module, otherwise: float) -> float:
+    """The module's epsilon; ``otherwise`` if it names none."""
+    for attribute in ("variance_epsilon", "eps"):
+        value = getattr(module, attribute, None)
+        if isinstance(value, (int, float)):
+            return float(value)
+    return otherwise

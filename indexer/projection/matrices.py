@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ghoststore.errors import UsageError
 from ghoststore.settings.projection import ProjectionConfig
-from indexer.layers import Axis, Sides, layer_type_by_name
+from indexer.layers import Axis, Sides
 from indexer.projection import draws
 from indexer.projection.adam import SideScales
 from indexer.projection.plan import BlockPlan, ProjectionPlan
@@ -133,8 +133,8 @@ class Projection:
         (p_in, p_out), (size_in, size_out) = self.sides[block.name], (block.n_in, block.n_out)
         if use.flipped:
             p_in, p_out, size_in, size_out = p_out, p_in, size_out, size_in
-        n_out, n_in = layer_type_by_name(use.type).axes(module)
-        dtype = module.get_parameter("weight").dtype
+        n_out, n_in = use.kind.axes(module)
+        dtype = module.get_parameter(use.parameter).dtype
         for side in (p_in, p_out):
             if side is not None and not bool(side.to(dtype).isfinite().all()):
                 raise UsageError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ghoststore.errors import LayerError
 from indexer.layers import LayerType, layer_type_by_name, layer_type_of
+from indexer.layers.replayed import is_part_of_another, matrix_axes, replayed_parameters
 
 ATTENTION = frozenset(
     {"attn", "attention", "self_attn", "self_attention", "cross_attn", "crossattention", "encoder_attn"}
@@ -38,6 +39,18 @@ class Use:
     """Name of this module's bias parameter; None without one."""
     bias_column: int | None
     """Index of the bias on this module's input axis; None without one."""
+    parameter: str = "weight"
+    """Name of the block's parameter in this module."""
+
+    @property
+    def kind(self) -> LayerType:
+        """The layer type of this use."""
+        return layer_type_by_name(self.type).of(self.parameter)
+
+    @property
+    def path(self) -> str:
+        """The module; the path of the parameter where the module runs again for it."""
+        return self.module if self.kind.has_formula else f"{self.module}.{self.parameter}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +74,11 @@ class Block:
         """
         if not self.is_matrix:
             return torch.cat([tensors[name] for name in self.parameters]).unsqueeze(1)
+        kind = layer_type_by_name(self.type)
         weight = tensors[self.parameters[0]]
-        if layer_type_by_name(self.type).transposed:
+        if not kind.has_formula:
+            return weight.reshape(self.n_out, self.n_in)
+        if kind.transposed:
             weight = weight.t()
         matrix = weight.new_zeros(self.n_out, self.n_in)
         matrix[: weight.shape[0], : weight.shape[1]] = weight
@@ -78,14 +94,16 @@ class Block:
 
     def take_apart(self, matrix_OI: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of :meth:`lay_out`: a tensor for each parameter, in the shape that it has in ``like``."""
+        kind = layer_type_by_name(self.type)
+        if not kind.has_formula:
+            return {name: matrix_OI.reshape(like[name].shape) for name in self.parameters}
         if not self.is_matrix:
             sizes = [like[name].numel() for name in self.parameters]
             return dict(zip(self.parameters, torch.split(matrix_OI[:, 0], sizes), strict=True))
         weight = like[self.parameters[0]]
-        transposed = layer_type_by_name(self.type).transposed
-        rows, columns = weight.shape[::-1] if transposed else weight.shape
+        rows, columns = weight.shape[::-1] if kind.transposed else weight.shape
         matrix = matrix_OI[:rows, :columns]
-        tensors = {self.parameters[0]: matrix.t() if transposed else matrix}
+        tensors = {self.parameters[0]: matrix.t() if kind.transposed else matrix}
         for use in self.uses:
             if use.bias is None or use.bias_column is None:
                 continue
@@ -114,16 +132,29 @@ def _in_feed_forward(parts: list[str]) -> bool:
     return not _in_attention(parts) and (not FEED_FORWARD.isdisjoint(parts) or "output" in parts[:-1])
 
 
-def _matrix(kind: LayerType) -> bool:
-    return kind.is_matrix and not kind.is_lookup
+def _named(parts: list[str], word: str) -> bool:
+    """Whether the module of a parameter (the last of ``parts``) has ``word`` in its name."""
+    return word in "".join(parts[-2:-1]).lower()
+
+
+def _is_norm(parts: list[str], kind: LayerType) -> bool:
+    return _named(parts, "norm") if not kind.has_formula else not kind.is_matrix
+
+
+def _is_embedding(parts: list[str], kind: LayerType) -> bool:
+    return _named(parts, "embed") if not kind.has_formula else kind.is_lookup
+
+
+def _matrix(parts: list[str], kind: LayerType) -> bool:
+    return not _is_norm(parts, kind) and not _is_embedding(parts, kind)
 
 
 ALIASES: dict[str, Callable[[list[str], LayerType], bool]] = {
-    "mlp": lambda parts, kind: _matrix(kind) and _in_feed_forward(parts),
-    "attn": lambda parts, kind: _matrix(kind) and _in_attention(parts),
-    "norm": lambda parts, kind: not kind.is_matrix,
-    "embeddings": lambda parts, kind: kind.is_lookup,
-    "head": lambda parts, kind: _matrix(kind) and parts[-1] in HEADS,
+    "mlp": lambda parts, kind: _matrix(parts, kind) and _in_feed_forward(parts),
+    "attn": lambda parts, kind: _matrix(parts, kind) and _in_attention(parts),
+    "norm": _is_norm,
+    "embeddings": _is_embedding,
+    "head": lambda parts, kind: _matrix(parts, kind) and parts[-1] in HEADS,
     "all": lambda parts, kind: True,
 }
 
@@ -143,14 +174,45 @@ def matches(pattern: str, path: str, kind: LayerType) -> bool:
     return alias(path.split("."), kind) if alias else matches_path(pattern, path)
 
 
-def _supported_layers(model: nn.Module) -> dict[str, LayerType]:
-    """The layer type of each module that a registered type handles, by name."""
+def formula_layers(model: nn.Module) -> dict[str, LayerType]:
+    """The layer type of each module whose gradients a formula gives, by name."""
     layers = {}
     for name, module in model.named_modules():
-        kind = layer_type_of(module)
+        kind = None if is_part_of_another(model, name) else layer_type_of(module)
         if kind is not None:
             layers[name] = kind
     return layers
+
+
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """Everything that can be selected, by path: that of a module with a formula, or that of a parameter."""
+
+    formulas: dict[str, LayerType]
+    replayed: dict[str, tuple[str, str]]
+    """(module, name of the parameter in it) by path of the parameter."""
+    unsupported: dict[str, list[str]]
+    """Names of the parameters of each module that nothing handles."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Layers:
+        formulas = formula_layers(model)
+        again = replayed_parameters(model, formulas)
+        replayed = {f"{name}.{key}": (name, key) for name, keys in again.items() for key in keys}
+        handled = {id(model.get_parameter(path)) for path in replayed}
+        handled |= {id(p) for name in formulas for p in model.get_submodule(name)._parameters.values()}
+        unsupported = {}
+        for name, module in model.named_modules():
+            own = [key for key, value in module._parameters.items() if value is not None and id(value) not in handled]
+            if own and name not in formulas:
+                unsupported[name] = own
+        return cls(formulas, replayed, unsupported)
+
+    @property
+    def kinds(self) -> dict[str, LayerType]:
+        """The type of each path."""
+        again = layer_type_by_name("replayed")
+        return {**self.formulas, **dict.fromkeys(self.replayed, again)}
 
 
 def _examples(names: Iterable[str]) -> str:
@@ -159,82 +221,69 @@ def _examples(names: Iterable[str]) -> str:
     return shown + (f", … ({len(names)} in all)" if len(names) > 12 else "")
 
 
-def _selected_names(
-    model: nn.Module, layers: dict[str, LayerType], include: list[str], exclude: list[str]
-) -> list[str]:
-    """The names of the layers that the patterns select. LayerError for a pattern without a layer, and for none left."""
-    unsupported = _unsupported_modules(model, layers)
+def _selected(layers: _Layers, include: list[str], exclude: list[str]) -> list[str]:
+    """The paths that the patterns select. LayerError for a pattern that matches nothing, and if nothing is left."""
+    kinds = layers.kinds
     for pattern in [*include, *exclude]:
-        if pattern in exclude and any(_selects_unsupported(pattern, name) for name in unsupported):
+        if pattern in exclude and any(_selects_unsupported(pattern, name) for name in layers.unsupported):
             continue
-        if not any(matches(pattern, name, kind) for name, kind in layers.items()):
-            _refuse_unsupported(model, pattern, layers)
+        if not any(matches(pattern, path, kind) for path, kind in kinds.items()):
             raise LayerError(
-                f"layer pattern {pattern!r} matches no layer; the layers of this model are: {_examples(layers)}. "
+                f"layer pattern {pattern!r} matches no layer; the layers of this model are: {_examples(kinds)}. "
                 "Patterns match whole path components; `all` takes every layer"
             )
     chosen = [
-        name
-        for name, kind in layers.items()
-        if any(matches(pattern, name, kind) for pattern in include)
-        and not any(matches(pattern, name, kind) for pattern in exclude)
+        path
+        for path, kind in kinds.items()
+        if any(matches(pattern, path, kind) for pattern in include)
+        and not any(matches(pattern, path, kind) for pattern in exclude)
     ]
     if not chosen:
-        raise LayerError(f"no layer is left: {include} without {exclude}; the layers are: {_examples(layers)}")
-    for pattern in include:
-        _refuse_unsupported(model, pattern, layers, exclude)
+        raise LayerError(f"no layer is left: {include} without {exclude}; the layers are: {_examples(kinds)}")
     return chosen
 
 
 def block_linears(model: nn.Module) -> list[str]:
-    """Names of the linears inside the transformer blocks, by the rule of ``mlp`` and ``attn``, and of modules there
-    that no layer type handles. LayerError if there are none.
+    """Paths of the matrices inside the transformer blocks, by the rule of ``mlp`` and ``attn``: of modules, and of
+    parameters of modules that no formula knows. LayerError if there are none.
     """
-    layers = _supported_layers(model)
-    names = [name for name, kind in layers.items() if any(matches(pattern, name, kind) for pattern in BLOCK_LINEARS)]
+    kinds = _Layers.of(model).kinds
+    names = [name for name, kind in kinds.items() if any(matches(pattern, name, kind) for pattern in BLOCK_LINEARS)]
     if not names:
         raise LayerError(
-            f"{type(model).__name__} has no linears inside transformer blocks; its layers are: {_examples(layers)}"
+            f"{type(model).__name__} has no linears inside transformer blocks; its layers are: {_examples(kinds)}"
         )
-    unsupported = _unsupported_modules(model, layers)
-    return [
-        *names,
-        *(name for name in unsupported if any(_selects_unsupported(pattern, name) for pattern in BLOCK_LINEARS)),
-    ]
-
-
-def _unsupported_modules(model: nn.Module, layers: dict[str, LayerType]) -> dict[str, list[str]]:
-    """For each module that no layer type handles the names of its parameters, without those that a handled layer
-    shares.
-    """
-    handled = {id(p) for name in layers for p in model.get_submodule(name)._parameters.values()}
-    unsupported = {}
-    for name, module in model.named_modules():
-        own = [key for key, value in module._parameters.items() if value is not None and id(value) not in handled]
-        if own and name not in layers:
-            unsupported[name] = own
-    return unsupported
+    return names
 
 
 def _selects_unsupported(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` would select the module ``name``, which no layer type handles."""
+    """Whether ``pattern`` would select the module ``name``, which nothing handles."""
     parts = name.split(".")
     if pattern in ALIASES:
         return {"all": True, "mlp": _in_feed_forward(parts), "attn": _in_attention(parts)}.get(pattern, False)
     return matches_path(pattern, name)
 
 
-def _refuse_unsupported(
-    model: nn.Module, pattern: str, layers: dict[str, LayerType], exclude: Iterable[str] = ()
-) -> None:
-    """LayerError if ``pattern`` selects a module whose own parameters no layer type handles."""
-    for name, own in _unsupported_modules(model, layers).items():
-        if _selects_unsupported(pattern, name) and not any(_selects_unsupported(p, name) for p in exclude):
-            kind = type(model.get_submodule(name)).__name__
-            raise LayerError(
-                f"layer {name!r} is a {kind} with parameters {own}: no layer type handles it. "
-                f"Leave it out with `exclude_layers` {name!r}"
-            )
+def _refuse_unsupported(model: nn.Module, layers: _Layers, include: list[str], exclude: list[str]) -> None:
+    """LayerError, with every selected module whose own parameters nothing handles."""
+    refused = {
+        name: own
+        for name, own in layers.unsupported.items()
+        if any(_selects_unsupported(pattern, name) for pattern in include)
+        and not any(_selects_unsupported(pattern, name) for pattern in exclude)
+    }
+    if not refused:
+        return
+    lines = "\n".join(
+        f"  {name or '(the model)'}: a {type(model.get_submodule(name)).__name__} with parameters {own}"
+        for name, own in refused.items()
+    )
+    advice = (
+        "name the layers that you want instead of `all`"
+        if "" in refused
+        else f"leave them out with `exclude_layers` '{','.join(refused)}'"
+    )
+    raise LayerError(f"no layer type handles {len(refused)} of the chosen layers:\n{lines}\n{advice}")
 
 
 def select_blocks(
@@ -252,25 +301,28 @@ def select_blocks(
     Raises LayerError for a pattern that matches no layer, for a selected module whose type is not supported, and for a
     layer whose settings make its gradient depend on the batch.
     """
-    layers = _supported_layers(model)
+    layers = _Layers.of(model)
     patterns = [*include, *(["embeddings"] if include_embeddings else [])]
-    chosen = _selected_names(model, layers, patterns, list(exclude))
+    chosen = _selected(layers, patterns, list(exclude))
+    _refuse_unsupported(model, layers, patterns, list(exclude))
     names_of: dict[int, str] = {}
     for name, parameter in model.named_parameters():
         names_of.setdefault(id(parameter), name)
     users: dict[int, list[str]] = {}
-    for name in layers:
+    for name in layers.formulas:
         users.setdefault(id(model.get_submodule(name)._parameters["weight"]), []).append(name)
 
     unhandled: dict[int, str] = {}
     for name, module in model.named_modules():
-        if name not in layers:
+        if name not in layers.formulas:
             unhandled.update({id(p): name for p in module._parameters.values() if p is not None})
     blocks, covered = [], 0
     owner: dict[int, str] = {}
     selected: set[int] = set()
     counted: set[int] = set()
     for name in chosen:
+        if name in layers.replayed:
+            continue
         weight = model.get_submodule(name)._parameters["weight"]
         if id(weight) in selected:
             continue
@@ -280,7 +332,7 @@ def select_blocks(
                 f"layer {name!r} shares its weight with {unhandled[id(weight)]!r}, which no layer type handles: its "
                 f"gradient would be incomplete. Leave it out with `exclude_layers` {name!r}"
             )
-        block, parameters = _block(model, users[id(weight)], layers, names_of)
+        block, parameters = _block(model, users[id(weight)], layers.formulas, names_of)
         for p in parameters:
             if owner.setdefault(id(p), name) != name:
                 raise LayerError(
@@ -291,7 +343,39 @@ def select_blocks(
         counted.update(id(p) for p in parameters)
         covered += numel
         blocks.append(block)
+    again = _replayed_blocks(model, layers, chosen, names_of)
+    blocks += again
+    covered += sum(block.numel for block in again)
     return Selection(blocks=tuple(blocks), covered=covered, total=sum(p.numel() for p in model.parameters()))
+
+
+def _replayed_blocks(model: nn.Module, layers: _Layers, chosen: list[str], names_of: dict[int, str]) -> list[Block]:
+    """A block for each parameter among ``chosen`` that no formula knows, with every module that runs again for it."""
+    paths: dict[int, list[str]] = {}
+    for path in layers.replayed:
+        paths.setdefault(id(model.get_parameter(path)), []).append(path)
+    blocks = []
+    for users in paths.values():
+        if set(users).isdisjoint(chosen):
+            continue
+        parameter = model.get_parameter(users[0])
+        n_out, n_in = matrix_axes(parameter)
+        blocks.append(
+            Block(
+                name=users[0],
+                type="replayed",
+                parameters=(names_of[id(parameter)],),
+                numel=parameter.numel(),
+                n_out=n_out,
+                n_in=n_in,
+                is_matrix=parameter.dim() > 1,
+                uses=tuple(
+                    Use(module=module, type="replayed", flipped=False, bias=None, bias_column=None, parameter=key)
+                    for module, key in (layers.replayed[path] for path in users)
+                ),
+            )
+        )
+    return blocks
 
 
 def _block(

@@ -100,7 +100,7 @@ def plan_of(prepared: Prepared, data: str, output_dir: Path, log_folders: list[s
         rows_per_step=drawn,
         tokens_per_step=tokens / len(usable) * drawn,
         epochs=inputs.steps * drawn / len(usable),
-        layers=[] if prepared.engine is None else sorted(prepared.engine.method.modules),
+        layers=[] if prepared.engine is None else sorted(prepared.engine.method.kinds),
         training_bytes=weights * (1 + WEIGHTS_AND_MOMENTS),
         peak_bytes=peak,
         seconds_per_step=seconds,

@@ -25,10 +25,10 @@ from indexer.encode.encoder import forward_options, pad
 from indexer.encode.engine import refuse_randomness
 from indexer.encode.losses import Reduction, next_token_losses
 from indexer.encode.modes import without_autocast
-from indexer.encode.tap import Tap
+from indexer.encode.tap import tapped
 from indexer.encode.tokens import Row
-from indexer.layers import Axis, LayerType, Sides, layer_type_by_name
-from indexer.layers.base import at_least_float, by_sample, flatten_positions, input_of, project
+from indexer.layers import Axis, LayerType, Sides
+from indexer.layers.base import at_least_float, flatten_positions, project
 from indexer.projection.selection import Block, Use
 
 TILE = 1 << 23
@@ -51,13 +51,13 @@ class _Used:
     kind: LayerType
     sides: Sides
     flipped: bool
-    saved: Tensor
+    saved: Any
     dy: Tensor
 
     def gradients(self, samples: slice) -> Tensor:
         """(b, O, I): this run's share of the gradient matrices."""
         saved, dy = self.saved[samples], self.dy[samples]
-        if self.kind.is_matrix and not self.kind.is_lookup:
+        if self.kind.has_formula and self.kind.is_matrix and not self.kind.is_lookup:
             delta = project(flatten_positions(dy), self.sides.out_KO, None, dy.dtype)
             gradients = at_least_float(delta).transpose(1, 2) @ at_least_float(saved)
         else:
@@ -153,25 +153,22 @@ class LayerGradients:
             self(batch_rows, see, torch.tensor(batch))
             task.advance(len(batch), sum(len(row.tokens) for row in batch_rows))
 
-    def _hook(
-        self, place: int, use: Use, sides: Sides, module: nn.Module, args: Any, kwargs: Any, y: Tensor
-    ) -> Tensor | None:
+    def _hook(self, place: int, use: Use, sides: Sides, module: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
         batch = self._batch
         if batch is None:
             return None
-        kind = layer_type_by_name(use.type)
-        x, y = by_sample(input_of(args, kwargs), y, len(batch.places), kind, use.module)
-        with torch.no_grad(), without_autocast(y.device.type):
-            saved = kind.keep(module, x, sides, y.dtype)
+        kind = use.kind
+        seen = kind.seen(module, args, kwargs, y, len(batch.places), use.module)
+        with torch.no_grad(), without_autocast(seen.device.type):
+            saved = kind.keep(module, seen.x, sides, seen.dtype)
         batch.runs[place] = batch.runs.get(place, 0) + 1
 
-        def see(saved: Tensor, dy: Tensor) -> None:
+        def see(saved: Any, dy: Tensor) -> None:
             batch.used.setdefault(place, []).append(_Used(module, kind, sides, use.flipped, saved, dy))
             if len(batch.used[place]) == batch.runs[place]:
                 self._form(place)
 
-        output: Tensor = Tap.apply(y, saved, see, batch.leaf)  # type: ignore[no-untyped-call]
-        return output
+        return seen.back(tapped(seen, saved, see, batch.leaf).outputs)
 
     def _form(self, place: int) -> None:
         assert self._batch is not None

@@ -67,8 +67,12 @@ def gradient_matrix(model: nn.Module, block: str, gradients: Mapping[str, Tensor
     - Where one use of the weight is an embedding and another a linear layer, the outputs of one are the inputs of the
       other: a bias of that other is one output more.
     - A norm, y = γ ⊙ x̂ + β: γ's numbers above β's, one column.
+    - A parameter by itself (``block`` is its path): its last axis the inputs, all others outputs; a vector one column.
     """
     names = {id(parameter): name for name, parameter in reversed(list(model.named_parameters()))}
+    alone = dict(model.named_parameters(remove_duplicate=False)).get(block)
+    if alone is not None:
+        return gradients[names[id(alone)]].reshape((-1, alone.shape[-1]) if alone.dim() > 1 else (-1, 1))
     module = model.get_submodule(block)
     weight = module.get_parameter("weight")
     matrix = gradients[names[id(weight)]]
@@ -111,7 +115,11 @@ def naive(model: nn.Module, projection: Projection, count: int, loss_of: LossOf)
     """The vectors of ``count`` samples, blocks in the order of the model's modules. ``model`` is left alone."""
     gradients = gradients_alone(model, count, loss_of)
     blocks, norms = {}, {}
-    for name in [name for name, _ in model.named_modules() if name in projection.sides]:
+    paths = [
+        *(name for name, _ in model.named_modules()),
+        *(n for n, _ in model.named_parameters(remove_duplicate=False)),
+    ]
+    for name in [name for name in paths if name in projection.sides]:
         p_in, p_out = (torch.as_tensor(side).double() for side in projection.sides[name])
         matrices_BOI = torch.stack([gradient_matrix(model, name, of_sample) for of_sample in gradients])
         blocks[name] = p_out @ matrices_BOI @ p_in.t()

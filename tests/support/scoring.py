@@ -137,8 +137,9 @@ def check(scores: Scores, exact: Exact, tolerance: float = TOLERANCE) -> None:
         error = float((scores.parameters[name] - products.mean(1)).norm())
         assert error <= tolerance * size + 1e-12, f"{name}: {error / size:.2g}"
         owner = name.rpartition(".")[0]
-        # BERT's head holds a bias that only the decoder below it uses.
-        blocks[owner if owner in blocks else f"{owner}.decoder"] += scores.parameters[name]
+        # BERT's head holds a bias that only the decoder below it uses; a part may count with the module around it.
+        around = [block for block in blocks if f"{name}.".startswith(f"{block}.")]
+        blocks[owner if owner in blocks else (around or [f"{owner}.decoder"])[-1]] += scores.parameters[name]
     for name, block in blocks.items():
         torch.testing.assert_close(scores.blocks[name], block, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(torch.stack(list(scores.parameters.values())).sum(0), scores.total, rtol=1e-9, atol=0)

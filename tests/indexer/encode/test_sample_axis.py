@@ -170,11 +170,11 @@ class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.router = nn.Linear(6, 2)
-        self.experts = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+        self.branches = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
 
     def forward(self, x: Tensor) -> Tensor:
         tokens, scores = x.flatten(0, 1), self.router(x).flatten(0, 1)
-        for place, expert in enumerate(self.experts):
+        for place, expert in enumerate(self.branches):
             chosen = scores[:, place].topk(len(x)).indices
             tokens = tokens.index_add(0, chosen, scores[chosen, place : place + 1] * expert(tokens[chosen]))
         return tokens.view_as(x)
@@ -184,10 +184,10 @@ def test_experts_that_take_as_many_tokens_as_there_are_samples() -> None:
     model, x, val = settle(Experts()), random(4, 3, 6), random(5, 3, 6, seed=1)
     with (
         GradDotProdEngine(model, val, val_losses=sum_of_squares) as engine,
-        pytest.raises(CaptureError, match=r"changes with its batch mates|experts\.0(.|\n)*experts\.1"),
+        pytest.raises(CaptureError, match=r"changes with its batch mates|branches\.0(.|\n)*branches\.1"),
     ):
         engine.prepare(4)
-    refuse_to_project(model, x, r"experts\.0(.|\n)*experts\.1")
+    refuse_to_project(model, x, r"branches\.0(.|\n)*branches\.1")
 
 
 def test_vectors_alone_have_no_val_losses_to_reweight() -> None:

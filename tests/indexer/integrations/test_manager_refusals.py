@@ -146,7 +146,7 @@ def test_calls_that_may_come_again(bench: Bench) -> None:
 
 def test_a_model_that_is_refused_is_left_alone_and_so_is_the_run(tmp_path: Path) -> None:
     model = gpt2()
-    model.extra = nn.Conv1d(2, 2, 1)
+    model.extra = nn.ParameterList([nn.Parameter(torch.ones(2))])
     with pytest.raises(UsageError, match="extra"):
         GhostEngineManager(config_of(tmp_path / "store"), model, sgd(model), val_data=VAL_BATCH)
     assert not (tmp_path / "store").exists()
