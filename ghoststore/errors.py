@@ -33,9 +33,15 @@ class CheckpointError(UsageError):
 class LayerError(UsageError):
     """A layer cannot be projected: unknown pattern, unsupported type, or a rank that does not fit."""
 
+    unsupported: tuple[str, ...] = ()
+    """Layers that can be left out with `exclude_layers`, where that mends it."""
+
 
 class CaptureError(GhostStoreError, RuntimeError):
     """What the taps saw of a batch is incomplete or wrong. No vector and no score of that batch may be used."""
+
+    unsupported: tuple[str, ...] = ()
+    """Layers that can be left out with `exclude_layers`, where that mends it."""
 
 
 class DivergedError(GhostStoreError, ArithmeticError):

@@ -48,6 +48,11 @@ class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, Ch
         "Output",
         metavar="FIELDS",
     )
+    skip_unsupported: bool = option(
+        False,
+        "Leave out layers of which no exact gradient can be had, by name, in the place of an error.",
+        "Projection",
+    )
     gradient_checkpointing: bool = option(False, "Less memory for about a third more time.", "Advanced")
     optimizer_state: str | Path | None = option(
         None,

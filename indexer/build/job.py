@@ -12,7 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ghoststore.errors import UsageError
+from ghoststore.errors import CaptureError, LayerError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store import Manifest, Part, PartLayout
@@ -102,11 +102,8 @@ def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
             f"`optimizer_state` and `precondition={config.precondition}` each give the gradients a metric of its "
             "own: choose one (`precondition=none`)"
         )
-    plan = ProjectionPlan.for_model(model, config, numbers=numbers_per_layer(options.proj_dtype))
-    if existing is not None:  # refused before the corpus is read, which takes longer
-        _refuse_other(existing, plan, inputs.identity)
-        refuse_other_fields(existing, inputs.corpus.keep)
-    padding = _may_pad(inputs, plan, progress)
+    plan, padding = _supported(inputs, config, progress)
+    config = plan.config
     learning = LearningSample(config.calibration_samples) if plan.calibrated else None
     corpus_plan = plan_corpus(
         inputs.corpus,
@@ -143,6 +140,40 @@ def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
         padding=padding,
         learning_seconds=learning_seconds,
     )
+
+
+def _supported(inputs: BuildInputs, config: ProjectionConfig, progress: Progress) -> tuple[ProjectionPlan, bool]:
+    """(the plan, whether rows of different lengths may share a batch), without unsupported layers if these may be
+    left out. Says which they are, and which layers run again for each sample.
+    """
+    options, existing = inputs.options, inputs.existing
+    left_out: list[str] = []
+    if options.skip_unsupported and existing is not None:  # the choice was made when the part was begun
+        stored = existing.manifest["projection"]["exclude_layers"]
+        left_out = [name for name in stored if name not in config.exclude_layers]
+    while True:
+        chosen = replace(config, exclude_layers=(*config.exclude_layers, *left_out))
+        try:
+            plan = ProjectionPlan.for_model(inputs.model, chosen, numbers=numbers_per_layer(options.proj_dtype))
+            if existing is not None:  # refused before the corpus is read, which takes longer
+                _refuse_other(existing, plan, inputs.identity)
+                refuse_other_fields(existing, inputs.corpus.keep)
+            padding = _may_pad(inputs, plan, progress)
+        except (LayerError, CaptureError) as error:
+            more = [name for name in error.unsupported if name not in left_out]
+            if not options.skip_unsupported or not more or existing is not None:
+                raise
+            left_out += more
+            continue
+        if left_out:
+            progress.note(f"{len(left_out)} layer(s) left out as unsupported: {', '.join(left_out)}")
+        again = plan.replayed
+        if again:
+            progress.note(
+                f"no formula knows {', '.join(f'{count} {kind}' for kind, count in again.items())}: they run again for "
+                "each sample, exact and slower"
+            )
+        return plan, padding
 
 
 def _refuse_other(part: Part, plan: ProjectionPlan, identity: Manifest) -> None:

@@ -22,7 +22,7 @@ from ghoststore.store.part.status import Status
 from indexer.encode.encoder import RowEncoder, forward_options, pad
 from indexer.encode.losses import Reduction, next_token_losses_plainly
 from indexer.encode.plain import ArrivingBlocks
-from indexer.encode.sample_axis import PROBE_SIZES, AxisProbe
+from indexer.encode.sample_axis import PROBE_SIZES, AxisProbe, unsupported
 from indexer.encode.tokens import Row, Tokens
 from indexer.projection import draws
 from indexer.projection.matrices import Projection
@@ -174,11 +174,12 @@ class ModelCheck:
             return True
         wrong = self._wrong(projection, self._vectors(projection, [[row] for row in rows]), expected_BD)
         if wrong:
-            raise CaptureError(
+            raise unsupported(
                 f"the vectors of {len(wrong)} layer(s) would not be autograd's gradients: {_named(wrong)}. A weight is "
                 "used where the engine does not see it (other than by calling its layer), or a layer computes "
                 "something else than its class says. Call the layer itself, or leave it out: `exclude_layers` "
-                f"'{','.join(wrong)}'"
+                f"'{','.join(wrong)}'",
+                wrong,
             )
         if not self._alone:
             self._refuse_mixing(projection, [self._row(row.sample.source_row, LENGTHS[0]) for row in rows])

@@ -10,7 +10,7 @@ from torch import nn
 
 from ghoststore.errors import LayerError, UsageError
 from indexer.layers import LayerType, ReplayedLayer
-from indexer.layers.replayed import replayed_parameters
+from indexer.layers.callers import replayed_parameters
 from indexer.projection.selection import ALIASES, formula_layers, matches, matches_path
 
 

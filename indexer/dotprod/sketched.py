@@ -20,9 +20,9 @@ from indexer.dotprod.scores import Scores, divide
 from indexer.encode.plain import plain_block
 from indexer.encode.tap import See
 from indexer.layers import LayerType, Sides
+from indexer.projection.blocks import Use
 from indexer.projection.matrices import Projection
 from indexer.projection.plan import BlockPlan
-from indexer.projection.selection import Use
 
 
 class SketchedMethod:

@@ -20,14 +20,20 @@ from indexer.encode.activations import lean_activations
 from indexer.encode.branch import SideBranch
 from indexer.encode.forward_probe import ABSENT, CallKeeper, CannotRun, strangers
 from indexer.encode.modes import without_autocast
-from indexer.encode.sample_axis import Witness, refuse_mixed
+from indexer.encode.sample_axis import Witness, refuse_mixed, unsupported
+from indexer.projection.blocks import Use
 from indexer.projection.matrices import Projection
 from indexer.projection.plan import BlockPlan
-from indexer.projection.selection import Use
 
 TESTED_BATCHES = 2
 """Number of batches of at least two samples that are checked. One would not do: a layer that routes tokens may look
 right in it."""
+
+
+_OLD_GRAPH = (
+    ". Or the model was compiled and run before the engine was attached, and keeps its old graph: attach first, or "
+    "torch._dynamo.reset()"
+)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -197,12 +203,20 @@ class GradProjLoraEngine:
         if not self._leaves:
             raise UsageError("the batch has been collected already; call prepare() before each forward pass")
         plan = self.projection.plan
-        missing = [use.module for layer in plan.layers for use in layer.block.uses if use.module not in self._ran]
+        compiled = self._given is not self.model
+        missing = [
+            use.path
+            for layer in plan.layers
+            for use in layer.block.uses
+            # A tied layer may go by another name (T5's `shared`); a compiled graph may hide a use.
+            if use.module not in self._ran and (compiled or not self._ran_by_another_name(layer))
+        ]
         if missing:
-            raise CaptureError(
-                f"the forward pass did not run {len(missing)} projected layer(s): {', '.join(missing[:5])}. "
-                "A model that was compiled and run before the engine was attached keeps its old graph (attach first, "
-                "or torch._dynamo.reset()); a layer that this input does not use must be left out"
+            raise unsupported(
+                f"the forward pass did not run {len(missing)} projected layer(s). This input does not use them: leave "
+                f"them out with `exclude_layers` '{','.join(missing)}'"
+                f"{_OLD_GRAPH if compiled else ''}",
+                missing,
             )
         leaves = self._leaves_in_order()
         others = [] if beside is None else beside._leaves_in_order()
@@ -228,16 +242,20 @@ class GradProjLoraEngine:
                 self._keeper.forget()
         unreached = [layer.block.name for layer, block in zip(plan.layers, blocks, strict=False) if block is None]
         if unreached:
-            raise CaptureError(
-                f"the loss does not depend on {len(unreached)} projected layer(s): {', '.join(unreached[:5])}; leave "
-                "them out with `exclude_layers`. Gradient checkpointing with use_reentrant=True hides layers: use "
-                "use_reentrant=False"
+            raise unsupported(
+                f"the loss does not depend on {len(unreached)} projected layer(s). Leave them out: `exclude_layers` "
+                f"'{','.join(unreached)}'. Gradient checkpointing with use_reentrant=True hides layers: use "
+                "use_reentrant=False",
+                unreached,
             )
         reached = [block for block in blocks if block is not None]
         vectors = self.projection.assemble(reached[: len(leaves)])
         if beside is None:
             return vectors
         return torch.cat([vectors, beside.projection.assemble(reached[len(leaves) :])], dim=1)
+
+    def _ran_by_another_name(self, layer: BlockPlan) -> bool:
+        return any(use.module in self._ran for use in layer.block.uses)
 
     def _leaves_in_order(self) -> list[Tensor]:
         return [self._leaves[layer.block.name] for layer in self.projection.plan.layers]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from indexer.projection.blocks import Block
 from indexer.projection.matrices import Projection
-from indexer.projection.selection import Block
 
 
 @contextmanager

@@ -23,9 +23,9 @@ from indexer.encode.losses import next_token_losses
 from indexer.encode.modes import without_autocast
 from indexer.encode.tokens import Row
 from indexer.layers import LayerType, Sides
+from indexer.projection.blocks import Use
 from indexer.projection.matrices import Projection
 from indexer.projection.plan import BlockPlan
-from indexer.projection.selection import Use
 
 NUMBERS_AT_ONCE = 1 << 24
 """Numbers of single positions' blocks in memory."""
@@ -87,6 +87,21 @@ def blocks_of(projection: Projection, queries_QD: Tensor) -> dict[str, Tensor]:
     return {layer.block.name: block for layer, block in zip(projection.plan.layers, gradients, strict=True)}
 
 
+def _asked(model: nn.Module, projection: Projection, query_of: Mapping[str, Tensor]) -> list[BlockPlan]:
+    """The layers that the queries are about. CaptureError, with all of them, if modules without a formula are among
+    these.
+    """
+    layers = [layer for layer in projection.plan.layers if bool(query_of[layer.block.name].any())]
+    uses = [use for layer in layers for use in layer.block.uses if not use.kind.has_formula]
+    modules = {use.module: type(model.get_submodule(use.module)).__name__ for use in uses}
+    if modules:
+        raise CaptureError(
+            f"no formula takes the gradients of {', '.join(dict.fromkeys(modules.values()))} apart: what each token "
+            f"adds to them cannot be told. Leave them out of the question: `exclude_layers` '{','.join(modules)}'"
+        )
+    return layers
+
+
 def position_scores(encoder: RowEncoder, rows: Sequence[Row], queries_QD: Tensor, batch_tokens: int) -> list[Tensor]:
     """For each of ``rows``, which must be usable, (Q, T) float64 on the CPU: what each of its T tokens adds to the
     product of its vector with each query. Summed over T it is that product, up to the rounding of float32.
@@ -103,7 +118,7 @@ def position_scores(encoder: RowEncoder, rows: Sequence[Row], queries_QD: Tensor
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        for layer in projection.plan.layers:
+        for layer in _asked(model, projection, query_of):
             for use in layer.block.uses:
                 module = model.get_submodule(use.module)
                 hook = _hook(layer, use, module, projection, query_of, leaf)
@@ -135,11 +150,6 @@ def _hook(
 ) -> Callable[..., Any]:
     """The forward hook of one use of a layer, for the batch whose leaf stands in ``leaf``."""
     layer_type, sides = use.kind, projection.sides_of(layer.block, use, module)
-    if not layer_type.has_formula:
-        raise CaptureError(
-            f"layer {use.module!r} is a {type(module).__name__}, which no formula takes apart: what each token adds to "
-            f"its gradient cannot be told. Leave it out of the question with `exclude_layers` {use.module!r}"
-        )
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> Any:
         (leaf_QBT,) = leaf

@@ -12,7 +12,7 @@ Legend: B samples, M positions of one sample, O outputs of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from functools import partial
@@ -336,6 +336,13 @@ class AxisProbe:
         refuse_mixed(problems, len(self._kinds), if_all_mix)
 
 
+def unsupported(message: str, layers: Iterable[str]) -> CaptureError:
+    """The error of ``message``, which ``layers`` can be left out to mend."""
+    error = CaptureError(message)
+    error.unsupported = tuple(layers)
+    return error
+
+
 def refuse_mixed(problems: Mapping[str, str], layers: int, if_all_mix: str = "") -> None:
     """CaptureError, with every layer of ``problems``, if there is one. ``layers`` is the number of all layers.
 
@@ -345,10 +352,11 @@ def refuse_mixed(problems: Mapping[str, str], layers: int, if_all_mix: str = "")
         return
     lines = "\n".join(f"  {name}: {problem}" for name, problem in problems.items())
     all_mix = len(problems) == layers and all(problem.startswith(_REACHES) for problem in problems.values())
-    raise CaptureError(
+    raise unsupported(
         f"{len(problems)} of {layers} layers cannot be taken sample by sample along their first axis:\n{lines}\n"
         f"{if_all_mix if all_mix else ''}Have the model work batch first, or leave these layers out "
-        f"(`exclude_layers`): {','.join(problems)}"
+        f"(`exclude_layers`): {','.join(problems)}",
+        () if all_mix else problems,
     )
 
 

@@ -201,15 +201,17 @@ def layer_type_by_name(name: str) -> LayerType:
 
 
 def runs_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether ``module`` is a ``cls`` with the forward of ``cls`` and a plain weight.
+    """Whether ``module`` is a ``cls`` with the forward of ``cls``, a plain weight and no parameters of its own.
 
     False for a subclass that overrides forward, and for a computed weight (parametrised, quantised).
     """
-    return (
-        isinstance(module, cls)
-        and type(module).forward is cls.forward
-        and isinstance(module._parameters.get("weight"), nn.Parameter)
-    )
+    return isinstance(module, cls) and type(module).forward is cls.forward and has_plain_weight(module)
+
+
+def has_plain_weight(module: nn.Module) -> bool:
+    """Whether the parameters of ``module`` itself are a weight, and at most a bias."""
+    own = {key for key, value in module._parameters.items() if value is not None}
+    return "weight" in own and own <= {"weight", "bias"}
 
 
 _COMPUTES: dict[tuple[type[nn.Module], str], bool] = {}

@@ -16,6 +16,7 @@ from indexer.layers.base import (
     Sides,
     computes,
     flatten_positions,
+    has_plain_weight,
     outer_sum,
     project,
     register,
@@ -33,10 +34,9 @@ class EmbeddingLayer(LayerType):
     def handles(self, module: nn.Module) -> bool:
         if runs_forward_of(module, nn.Embedding):
             return True
-        weight = module._parameters.get("weight")
-        if not isinstance(module, nn.Embedding) or not isinstance(weight, nn.Parameter) or _scale(module) is None:
+        if not isinstance(module, nn.Embedding) or not has_plain_weight(module) or _scale(module) is None:
             return False
-        return computes(module, self, torch.tensor([[0, len(weight) - 1]], device=weight.device))
+        return computes(module, self, torch.tensor([[0, len(module.weight) - 1]], device=module.weight.device))
 
     def axes(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, nn.Embedding)

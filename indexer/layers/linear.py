@@ -11,6 +11,7 @@ from indexer.layers.base import (
     computes,
     drawn_input,
     flatten_positions,
+    has_plain_weight,
     outer_sum,
     project,
     register,
@@ -27,10 +28,9 @@ class LinearLayer(LayerType):
     def handles(self, module: nn.Module) -> bool:
         if runs_forward_of(module, nn.Linear):
             return True
-        weight = module._parameters.get("weight")
-        if not isinstance(module, nn.Linear) or not isinstance(weight, nn.Parameter):
+        if not isinstance(module, nn.Linear) or not has_plain_weight(module):
             return False
-        return computes(module, self, drawn_input(weight, module.in_features))
+        return computes(module, self, drawn_input(module.weight, module.in_features))
 
     def axes(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, nn.Linear)

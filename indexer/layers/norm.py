@@ -16,6 +16,7 @@ from indexer.layers.base import (
     at_least_float,
     computes,
     drawn_input,
+    has_plain_weight,
     project,
     register,
     runs_forward_of,
@@ -99,9 +100,10 @@ class RMSNormLayer(NormLayer):
 
 def _handles(kind: NormLayer, module: nn.Module, known: type[nn.Module]) -> bool:
     """Whether ``module``, with a vector as weight, is a ``known`` norm or computes what ``kind`` says."""
-    own = {key: value for key, value in module._parameters.items() if value is not None}
-    weight = own.get("weight")
-    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not own.keys() <= {"weight", "bias"}:
+    if not has_plain_weight(module):
+        return False
+    weight = module.get_parameter("weight")
+    if weight.dim() != 1:
         return False
     return runs_forward_of(module, known) or computes(module, kind, drawn_input(weight, len(weight)))
 

@@ -9,17 +9,13 @@ Legend: B samples, N numbers of all outputs of one sample, O, I axes of a gradie
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 from ghoststore.errors import CaptureError
 from indexer.layers.base import LayerType, Seen, Sides, project, register
@@ -35,11 +31,7 @@ def mapped(value: Any, function: Callable[[Tensor], Any], of_others: Callable[[A
         return function(value)
     if isinstance(value, Mapping):
         items = {key: mapped(item, function, of_others) for key, item in value.items()}
-        if type(value) is dict:
-            return items
-        same_kind: Any = copy(value)
-        same_kind.update(items)
-        return same_kind
+        return items if type(value) is dict else type(value)(**items)  # an output of transformers
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(mapped(item, function, of_others) for item in value))
     if isinstance(value, (list, tuple)):
@@ -53,24 +45,36 @@ def _without_cache(value: Any) -> Any:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    tensors: list[Tensor] = []
-    mapped(value, tensors.append)
-    return tensors
+    """The tensors in ``value``, in the order of :func:`mapped`."""
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for item in items for tensor in _tensors(item)]
 
 
-def _rows(outputs: Sequence[Tensor], batch: int) -> Tensor | None:
-    """(B, N): the numbers of all outputs by sample; None if the first axis of one cannot be that of the samples."""
-    rows = []
-    for output in outputs:
-        if not output.dim():
-            return None
-        if len(output) == 1 and batch > 1:
-            rows.append(output.expand(batch, *output.shape[1:]).flatten(1))
-        elif len(output) and len(output) % batch == 0:
-            rows.append(output.reshape(batch, -1))
-        else:
-            return None
-    return torch.cat(rows, dim=1) if rows else None  # of mixed dtypes the widest
+def _samples_in(value: Any, batch: int) -> Tensor | None:
+    """The first tensor of the arguments that can have ``batch`` samples on its first axis, apart from positions or with
+    them. None where all are of positions, or there is none: the module runs once for all samples.
+    """
+    return next((x for x in _tensors(value) if x.dim() and (len(x) > 1 or batch == 1) and not _counts_up(x)), None)
+
+
+def _counts_up(x: Tensor) -> bool:
+    """Whether ``x`` is an index of positions on one axis."""
+    return x.dim() == 1 and not x.is_floating_point() and x.dtype != torch.bool and bool((x.diff() == 1).all())
+
+
+def _by_sample(output: Tensor, batch: int, *, once: bool) -> Tensor | None:
+    """``output`` with an axis of samples, first, apart from positions or with them; None if it cannot have one."""
+    if batch > 1 and (once or len(output) == 1):
+        shape = output.shape[1:] if len(output) == 1 else output.shape
+        return output.expand(batch, *shape)
+    return output if len(output) and len(output) % batch == 0 else None
+
+
+def _rows(outputs: Sequence[Tensor], batch: int) -> Tensor:
+    """(B, N): the numbers of all outputs by sample, in the widest of their dtypes."""
+    return torch.cat([output.reshape(batch, -1) for output in outputs], dim=1)
 
 
 @contextmanager
@@ -132,9 +136,11 @@ class Call:
         return self.outputs_BN.dtype
 
     def inputs(self) -> Tensor:
-        """(B, …): the first tensor of the arguments by sample. Other arguments may have no axis of samples."""
-        first = _tensors((self.args, self.kwargs))[0].detach()
-        return first.reshape(self.batch, -1, first.shape[-1] if first.dim() > 1 else 1)
+        """(B, …): the first tensor of the arguments that has samples. Other arguments may have no axis of them."""
+        first = _samples_in((self.args, self.kwargs), self.batch)
+        if first is None:
+            return self.outputs_BN[:, :1]
+        return first.detach().reshape(self.batch, -1, first.shape[-1] if first.dim() > 1 else 1)
 
     def gradients(self, keys: Sequence[str], dy_BN: Tensor) -> Iterator[dict[str, Tensor]]:
         """The gradient of each parameter by its name in the module, for one sample after the other.
@@ -164,7 +170,7 @@ class Call:
                 raise CaptureError(f"{self._cannot}: {error!r:.200}") from error
             y_1N = _rows(_outputs(y), 1)
         expected_N = self.outputs_BN[place]
-        if y_1N is None or y_1N.shape[1:] != expected_N.shape or self._differs(y_1N[0].detach(), expected_N):
+        if y_1N.shape[1:] != expected_N.shape or self._differs(y_1N[0].detach(), expected_N):
             raise CaptureError(self._cannot)
         if not y_1N.requires_grad:  # an expert that this sample does not meet
             return {key: torch.zeros_like(leaf) for key, leaf in leaves.items()}
@@ -189,24 +195,20 @@ class Call:
 
     def _alone(self, place: int) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """The arguments of one sample. Where the first tensor has samples and positions on one axis, so have others."""
-        length = _first_length((self.args, self.kwargs))
+        first = _samples_in((self.args, self.kwargs), self.batch)
+        length = 0 if first is None else len(first)
         each = length // self.batch
 
         def cut(x: Tensor) -> Tensor:
             x = x.detach()
-            if x.dim() and len(x) == self.batch:
+            if not each or not x.dim() or _counts_up(x):
+                return x
+            if len(x) == self.batch:
                 return x[place : place + 1]
-            if x.dim() and len(x) == length and each > 1:
-                return x[place * each : (place + 1) * each]
-            return x
+            return x[place * each : (place + 1) * each] if len(x) == length else x
 
         args, kwargs = mapped((self.args, self.kwargs), cut, _without_cache)
         return args, kwargs
-
-
-def _first_length(value: Any) -> int:
-    tensors = _tensors(value)
-    return len(tensors[0]) if tensors and tensors[0].dim() else 0
 
 
 def _outputs(y: Any) -> list[Tensor]:
@@ -243,8 +245,9 @@ class ReplayedLayer(LayerType):
         raise NotImplementedError("there is no formula")
 
     def axis_problem(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any, batch: int) -> str | None:
-        length = _first_length((args, kwargs))
-        if length and length % batch == 0 and _rows(_outputs(y), batch) is not None:
+        first, outputs = _samples_in((args, kwargs), batch), _outputs(y)
+        by_sample = [_by_sample(output, batch, once=first is None) for output in outputs]
+        if outputs and (first is None or len(first) % batch == 0) and all(x is not None for x in by_sample):
             return None
         shapes = [tuple(x.shape) for x in _tensors((args, kwargs))], [tuple(x.shape) for x in _tensors(y)]
         return f"saw inputs of shapes {shapes[0]} and gave {shapes[1]} in a batch of {batch} samples"
@@ -258,17 +261,19 @@ class ReplayedLayer(LayerType):
         problem = self.axis_problem(args, kwargs, y, batch)
         if problem is not None:
             raise CaptureError(f"layer {name!r} {problem}; leave it out with `exclude_layers`")
-        outputs = _outputs(y)
-        rows_BN = _rows(outputs, batch)
-        assert rows_BN is not None
-        device = rows_BN.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        versions = tuple((x, x._version) for x in _tensors((args, kwargs)))
-        call = Call(module, args, kwargs, batch, rows_BN.detach(), tuple(range(batch)), autocast, versions)
-        expanded = batch > 1 and any(len(output) == 1 for output in outputs)
-
-        of_samples = tuple(
-            output.expand(batch, *output.shape[1:]) if len(output) == 1 and batch > 1 else output for output in outputs
+        first, outputs = _samples_in((args, kwargs), batch), _outputs(y)
+        by_sample = [_by_sample(output, batch, once=first is None) for output in outputs]
+        of_samples = tuple(output for output in by_sample if output is not None)
+        device = of_samples[0].device.type
+        call = Call(
+            module,
+            args,
+            kwargs,
+            batch,
+            outputs_BN=_rows([output.detach() for output in of_samples], batch),
+            places=tuple(range(batch)),
+            autocast=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+            versions=tuple((x, x._version) for x in _tensors((args, kwargs))),
         )
 
         def back(tapped: Sequence[Tensor]) -> Any:
@@ -277,11 +282,10 @@ class ReplayedLayer(LayerType):
 
         def rows(gradients: Sequence[Tensor | None]) -> Tensor:
             pairs = zip(gradients, of_samples, strict=True)
-            all_BN = _rows([torch.zeros_like(output) if dy is None else dy for dy, output in pairs], batch)
-            assert all_BN is not None
-            return all_BN
+            return _rows([torch.zeros_like(output) if dy is None else dy for dy, output in pairs], batch)
 
-        flat = _first_length((args, kwargs)) != batch
+        expanded = any(output is not own for output, own in zip(of_samples, outputs, strict=True))
+        flat = first is None or len(first) != batch
         return Seen(call, of_samples, back, rows, expanded=expanded, flat=flat)
 
     def held(self, x: Any, dtype: torch.dtype) -> Any:
@@ -308,77 +312,9 @@ class ReplayedLayer(LayerType):
         return {key: Vector(torch.stack([one[key].flatten() for one in gradients]).to(dtype)) for key in self.keys}
 
 
-WHOLE = (nn.MultiheadAttention,)
-"""Modules that use the weights of the modules in them without calling these."""
-NOT_CALLED = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict, ParametrizationList)
-"""Modules that hold parameters but are not called with samples: the module around them is."""
-
-
-def replayed_parameters(model: nn.Module, handled: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """By module, the names in it of the parameters that it is run again for.
-
-    These are the parameters of modules outside ``handled`` (names), unless a handled module inside shares them: BERT's
-    head has the bias of the decoder in it. ``model`` itself is never run again: parameters that only it uses are not
-    among the results.
-    """
-    users: dict[int, list[str]] = {}
-    for name in handled:
-        for p in model.get_submodule(name)._parameters.values():
-            users.setdefault(id(p), []).append(name)
-    found: dict[str, list[str]] = {}
-    for name, module in model.named_modules():
-        inside = f"{name}." if name else ""
-        own = [
-            key
-            for key, p in module._parameters.items()
-            if p is not None and not any(user.startswith(inside) for user in users.get(id(p), []))
-        ]
-        if name in handled or not own:
-            continue
-        owner = caller_of(model, name) if name else ""
-        if owner:
-            inner = name[len(owner) + 1 :]
-            found.setdefault(owner, []).extend(f"{inner}.{key}" if inner else key for key in own)
-    return {name: tuple(keys) for name, keys in found.items()}
-
-
-def caller_of(model: nn.Module, name: str) -> str:
-    """The module at ``name``, or the nearest around it that is called with samples; "" if that is the model."""
-    parts = name.split(".")
-    for stop in range(1, len(parts)):
-        if isinstance(model.get_submodule(".".join(parts[:stop])), WHOLE):
-            return ".".join(parts[:stop])
-    name = _list_of_experts(name) or name
-    while name and not _called_with_samples(model.get_submodule(name)):
-        name = name.rpartition(".")[0]
-    return name
-
-
-def _list_of_experts(name: str) -> str | None:
-    """The list of experts that the module at ``name`` is in; None if it is in none."""
-    parts = name.split(".")
-    for place, (part, after) in enumerate(pairwise(parts)):
-        if part == "experts" and (after.isdigit() or after.startswith("expert_")):
-            return ".".join(parts[: place + 1])
-    return None
-
-
-def _called_with_samples(module: nn.Module) -> bool:
-    if isinstance(module, NOT_CALLED):
-        return type(module).forward not in (nn.Module.forward, ParametrizationList.forward)
-    return "expert_size" not in inspect.signature(module.forward).parameters  # rows in the order of experts
-
-
-def is_part_of_another(model: nn.Module, name: str) -> bool:
-    """Whether the module at ``name`` is not called with the rows of samples, so that one around it must run again: an
-    expert of a list, which is called with the tokens that a router picked, or a part of torch's attention.
-    """
-    return _list_of_experts(name) is not None or isinstance(model.get_submodule(caller_of(model, name)), WHOLE)
-
-
 def matrix_axes(parameter: Tensor) -> tuple[int, int]:
-    """(O, I) of the gradient matrix of a parameter that no formula knows."""
-    if parameter.dim() < 2:
+    """(O, I) of the gradient matrix of a parameter that no formula knows; a vector of any shape is a column."""
+    if parameter.dim() < 2 or parameter.numel() in (parameter.shape[-1], parameter.numel() // parameter.shape[-1]):
         return parameter.numel(), 1
     return parameter.numel() // parameter.shape[-1], parameter.shape[-1]
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ghoststore.errors import CheckpointError
 from ghoststore.store.base.opening import parse_json, read_bounded
-from indexer.projection.selection import Block
+from indexer.projection.blocks import Block
 
 OURS = Path("training_state") / "optimizer.safetensors"
 TORCH = "optimizer.pt"

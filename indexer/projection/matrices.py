@@ -16,8 +16,8 @@ from ghoststore.settings.projection import ProjectionConfig
 from indexer.layers import Axis, Sides
 from indexer.projection import draws
 from indexer.projection.adam import SideScales
+from indexer.projection.blocks import Block, Use
 from indexer.projection.plan import BlockPlan, ProjectionPlan
-from indexer.projection.selection import Block, Use
 from indexer.projection.sketch import BlockSketches, Sketch
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
@@ -11,8 +12,9 @@ from torch import nn
 
 from ghoststore.errors import LayerError, UsageError
 from ghoststore.settings.projection import PLAIN_RANK_TOTAL, ProjectionConfig, RankTotal
+from indexer.projection.blocks import Block
 from indexer.projection.calibration import Calibration, LayerShape
-from indexer.projection.selection import Block, select_blocks
+from indexer.projection.selection import select_blocks
 
 SKETCHED_RANK_TOTAL = 64 * 64
 NUMBERS_PER_LAYER = 64
@@ -80,6 +82,12 @@ class ProjectionPlan:
     def calibrated(self) -> bool:
         """Whether anything is learned from a sample of the corpus. Blocks too small for a sketch share nothing out."""
         return self.config.learns_sides or self.shared_out
+
+    @property
+    def replayed(self) -> dict[str, int]:
+        """How many modules without a formula run again for each sample, by class."""
+        uses = (use for layer in self.layers for use in layer.block.uses if not use.kind.has_formula)
+        return dict(Counter({use.module: use.owner for use in uses}.values()))
 
     @property
     def shapes(self) -> list[LayerShape]:

@@ -11,116 +11,30 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ghoststore.errors import LayerError
 from indexer.layers import LayerType, layer_type_by_name, layer_type_of
-from indexer.layers.replayed import is_part_of_another, matrix_axes, replayed_parameters
+from indexer.layers.callers import is_part_of_another, replayed_parameters
+from indexer.layers.replayed import matrix_axes
+from indexer.projection.blocks import Block, Selection, Use
 
 ATTENTION = frozenset(
-    {"attn", "attention", "self_attn", "self_attention", "cross_attn", "crossattention", "encoder_attn"}
+    {
+        *("attn", "attention", "self_attn", "self_attention", "cross_attn", "crossattention", "encoder_attn"),
+        *("SelfAttention", "EncDecAttention", "LocalSelfAttention", "TransientGlobalSelfAttention", "rel_attn"),
+        *("multi_head_attention", "linear_attn", "mixer", "mamba", "temporal_block", "conv", "short_conv"),
+    }
 )
-FEED_FORWARD = frozenset({"mlp", "ffn", "ff", "feed_forward", "feedforward", "intermediate", "fc1", "fc2"})
+FEED_FORWARD = frozenset(
+    {
+        *("mlp", "ffn", "ff", "feed_forward", "feedforward", "intermediate", "fc1", "fc2", "mlp_block", "shared_mlp"),
+        *("DenseReluDense", "block_sparse_moe", "moe", "experts"),
+    }
+)
 BLOCK_LINEARS = ("mlp", "attn")
 """Aliases of the linears inside the transformer blocks: embeddings, head and norms are left out."""
 HEADS = frozenset({"lm_head", "embed_out", "score", "classifier", "decoder"})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Use:
-    """One module that uses a block's parameters."""
-
-    module: str
-    type: str
-    flipped: bool
-    """Whether this module's input axis is the block's output axis."""
-    bias: str | None
-    """Name of this module's bias parameter; None without one."""
-    bias_column: int | None
-    """Index of the bias on this module's input axis; None without one."""
-    parameter: str = "weight"
-    """Name of the block's parameter in this module."""
-
-    @property
-    def kind(self) -> LayerType:
-        """The layer type of this use."""
-        return layer_type_by_name(self.type).of(self.parameter)
-
-    @property
-    def path(self) -> str:
-        """The module; the path of the parameter where the module runs again for it."""
-        return self.module if self.kind.has_formula else f"{self.module}.{self.parameter}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
-    """A parameter matrix (with the biases of its uses) that becomes one block of the vector."""
-
-    name: str
-    type: str
-    parameters: tuple[str, ...]
-    numel: int
-    """Numbers in these parameters."""
-    n_out: int
-    n_in: int
-    """Axes of the gradient matrix, biases included."""
-    is_matrix: bool
-    uses: tuple[Use, ...]
-
-    def lay_out(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """(n_out, n_in): ``tensors`` (one for each parameter, by name) in the layout of the gradient matrix; see
-        :mod:`indexer.layers.base`.
-        """
-        if not self.is_matrix:
-            return torch.cat([tensors[name] for name in self.parameters]).unsqueeze(1)
-        kind = layer_type_by_name(self.type)
-        weight = tensors[self.parameters[0]]
-        if not kind.has_formula:
-            return weight.reshape(self.n_out, self.n_in)
-        if kind.transposed:
-            weight = weight.t()
-        matrix = weight.new_zeros(self.n_out, self.n_in)
-        matrix[: weight.shape[0], : weight.shape[1]] = weight
-        for use in self.uses:
-            if use.bias is None or use.bias_column is None:
-                continue
-            bias = tensors[use.bias]
-            if use.flipped:
-                matrix[use.bias_column, : len(bias)] = bias
-            else:
-                matrix[: len(bias), use.bias_column] = bias
-        return matrix
-
-    def take_apart(self, matrix_OI: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of :meth:`lay_out`: a tensor for each parameter, in the shape that it has in ``like``."""
-        kind = layer_type_by_name(self.type)
-        if not kind.has_formula:
-            return {name: matrix_OI.reshape(like[name].shape) for name in self.parameters}
-        if not self.is_matrix:
-            sizes = [like[name].numel() for name in self.parameters]
-            return dict(zip(self.parameters, torch.split(matrix_OI[:, 0], sizes), strict=True))
-        weight = like[self.parameters[0]]
-        rows, columns = weight.shape[::-1] if kind.transposed else weight.shape
-        matrix = matrix_OI[:rows, :columns]
-        tensors = {self.parameters[0]: matrix.t() if kind.transposed else matrix}
-        for use in self.uses:
-            if use.bias is None or use.bias_column is None:
-                continue
-            count = len(like[use.bias])
-            line = matrix_OI[use.bias_column, :count] if use.flipped else matrix_OI[:count, use.bias_column]
-            tensors[use.bias] = line
-        return tensors
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """The blocks of a model, in the order of its modules, and how much of the model they cover."""
-
-    blocks: tuple[Block, ...]
-    covered: int
-    total: int
-    """Numbers in the covered parameters, and in all parameters (tied ones once)."""
 
 
 def _in_attention(parts: list[str]) -> bool:
@@ -221,10 +135,21 @@ def _examples(names: Iterable[str]) -> str:
     return shown + (f", … ({len(names)} in all)" if len(names) > 12 else "")
 
 
+def _any_matches(patterns: list[str], kinds: Mapping[str, LayerType]) -> bool:
+    return any(matches(pattern, path, kind) for pattern in patterns for path, kind in kinds.items())
+
+
 def _selected(layers: _Layers, include: list[str], exclude: list[str]) -> list[str]:
     """The paths that the patterns select. LayerError for a pattern that matches nothing, and if nothing is left."""
     kinds = layers.kinds
+    default = tuple(include[: len(BLOCK_LINEARS)]) == BLOCK_LINEARS
     for pattern in [*include, *exclude]:
+        if (
+            default
+            and pattern in BLOCK_LINEARS
+            and any(matches(p, path, k) for p in include for path, k in kinds.items())
+        ):
+            continue  # a model with one of both
         if pattern in exclude and any(_selects_unsupported(pattern, name) for name in layers.unsupported):
             continue
         if not any(matches(pattern, path, kind) for path, kind in kinds.items()):
@@ -283,7 +208,9 @@ def _refuse_unsupported(model: nn.Module, layers: _Layers, include: list[str], e
         if "" in refused
         else f"leave them out with `exclude_layers` '{','.join(refused)}'"
     )
-    raise LayerError(f"no layer type handles {len(refused)} of the chosen layers:\n{lines}\n{advice}")
+    error = LayerError(f"no layer type handles {len(refused)} of the chosen layers:\n{lines}\n{advice}")
+    error.unsupported = () if "" in refused else tuple(refused)
+    raise error
 
 
 def select_blocks(
@@ -356,9 +283,15 @@ def _replayed_blocks(model: nn.Module, layers: _Layers, chosen: list[str], names
         paths.setdefault(id(model.get_parameter(path)), []).append(path)
     blocks = []
     for users in paths.values():
+        parameter = model.get_parameter(users[0])
         if set(users).isdisjoint(chosen):
             continue
-        parameter = model.get_parameter(users[0])
+        shared = [name for name in layers.formulas if model.get_submodule(name)._parameters["weight"] is parameter]
+        if shared:
+            raise LayerError(
+                f"layer {users[0]!r}, which no formula knows, shares its weight with {shared[0]!r}: its gradient would "
+                f"be incomplete. Leave it out with `exclude_layers` {users[0]!r}"
+            )
         n_out, n_in = matrix_axes(parameter)
         blocks.append(
             Block(
@@ -368,9 +301,17 @@ def _replayed_blocks(model: nn.Module, layers: _Layers, chosen: list[str], names
                 numel=parameter.numel(),
                 n_out=n_out,
                 n_in=n_in,
-                is_matrix=parameter.dim() > 1,
+                is_matrix=n_in > 1,
                 uses=tuple(
-                    Use(module=module, type="replayed", flipped=False, bias=None, bias_column=None, parameter=key)
+                    Use(
+                        module=module,
+                        type="replayed",
+                        flipped=False,
+                        bias=None,
+                        bias_column=None,
+                        parameter=key,
+                        owner=type(model.get_submodule(module)).__name__,
+                    )
                     for module, key in (layers.replayed[path] for path in users)
                 ),
             )

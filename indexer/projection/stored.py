@@ -15,10 +15,10 @@ from ghoststore.store.base.records import reading
 from ghoststore.store.part.encoding import numbers_per_layer
 from ghoststore.store.part.part import fixed_array
 from indexer.projection.adam import SCALES, SideScales, unflat
+from indexer.projection.blocks import Block
 from indexer.projection.calibration import FACTORS, KEPT, SIDES, Calibration
 from indexer.projection.matrices import Projection
 from indexer.projection.plan import ProjectionPlan
-from indexer.projection.selection import Block
 
 
 def config_of(stored: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> ProjectionConfig:

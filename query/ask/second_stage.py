@@ -28,7 +28,7 @@ from ghoststore.settings.option import check_at_least, check_choices
 from ghoststore.settings.question import RerankOptions
 from ghoststore.store import Part
 from indexer.encode.tokens import Row
-from indexer.projection.selection import Block
+from indexer.projection.blocks import Block
 from indexer.projection.stored import metric_of
 from query.ask.encoder import ROWS_AT_ONCE, PartEncoder, ValVectors
 from query.ask.scorer import Scorer

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ghoststore.progress import Task
 from indexer.encode.tokens import Row
+from indexer.projection.blocks import Block
 from indexer.projection.kfac import KroneckerPreconditioner
-from indexer.projection.selection import Block
 from query.exact.layer_gradients import Half, Passes
 
 

@@ -27,7 +27,7 @@ from indexer.encode.encoder import forward_options, pad
 from indexer.encode.losses import IGNORED, Reduction
 from indexer.encode.tokens import Row
 from indexer.layers.base import at_least_float
-from indexer.projection.selection import Block
+from indexer.projection.blocks import Block
 from query.exact.layer_gradients import Passes
 
 TOLERANCE = 1e-6

@@ -29,7 +29,7 @@ from indexer.encode.tap import tapped
 from indexer.encode.tokens import Row
 from indexer.layers import Axis, LayerType, Sides
 from indexer.layers.base import at_least_float, flatten_positions, project
-from indexer.projection.selection import Block, Use
+from indexer.projection.blocks import Block, Use
 
 TILE = 1 << 23
 """Numbers of gradient matrices that are formed at once: 32 MiB in float32. One matrix may have more."""

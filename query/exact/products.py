@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ghoststore.progress import Task
 from indexer.encode.tokens import Row
-from indexer.projection.selection import Block
+from indexer.projection.blocks import Block
 from query.exact.gradients import ExactGradients, Gradient
 from query.search.part_score import Metric
 

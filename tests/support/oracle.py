@@ -72,7 +72,7 @@ def gradient_matrix(model: nn.Module, block: str, gradients: Mapping[str, Tensor
     names = {id(parameter): name for name, parameter in reversed(list(model.named_parameters()))}
     alone = dict(model.named_parameters(remove_duplicate=False)).get(block)
     if alone is not None:
-        return gradients[names[id(alone)]].reshape((-1, alone.shape[-1]) if alone.dim() > 1 else (-1, 1))
+        return gradients[names[id(alone)]].reshape(_matrix_of(alone))
     module = model.get_submodule(block)
     weight = module.get_parameter("weight")
     matrix = gradients[names[id(weight)]]
@@ -96,6 +96,11 @@ def gradient_matrix(model: nn.Module, block: str, gradients: Mapping[str, Tensor
     for place, bias in enumerate(rows.values()):
         laid[n_out + place, :n_in] = bias
     return laid
+
+
+def _matrix_of(parameter: Tensor) -> tuple[int, int]:
+    last = parameter.shape[-1] if parameter.dim() else 1
+    return (-1, 1) if parameter.numel() in (last, parameter.numel() // last) else (-1, last)
 
 
 def dense(sketch: Sketch | BlockSketches) -> Tensor:

@@ -16,8 +16,9 @@ from ghoststore.progress import Silent
 from ghoststore.store import Status
 from indexer.encode.encoder import pad
 from indexer.encode.tokens import Row
+from indexer.projection.blocks import Block
 from indexer.projection.kfac import KroneckerPreconditioner, MomentFactor
-from indexer.projection.selection import Block, select_blocks
+from indexer.projection.selection import select_blocks
 from query.exact import layer_gradients
 from query.exact.eigen_corrected import eigen_corrected
 from query.exact.gauss_newton import GaussNewton, conjugate_gradients, mean_eigenvalues
