@@ -33,7 +33,8 @@ class Hit:
     rank: int
     score: float
     nats: float | None = None
-    """``score`` in the ``unit`` of the settings, a change of the val loss; None where it has none."""
+    """The product that ``score`` is, or is blended from, in the ``unit`` of the settings: a change of the val loss.
+    None where it has none."""
     id: str
     source_row: int
     domain: str | None
@@ -60,26 +61,34 @@ class Hit:
 
     def __repr__(self) -> str:
         text = "" if self.text is None else f", text={cut(self.text, 60)!r}"
-        value = f"score={self.score:.6g}" if self.nats is None else f"nats={self.nats:.3g}"
-        return f"{type(self).__name__}(rank={self.rank}, {value}, id={self.id!r}{text})"
+        return f"{type(self).__name__}(rank={self.rank}, {self.ranked_by()}, id={self.id!r}{text})"
+
+    def ranked_by(self) -> str:
+        """The number that it is ranked by, named, in nats where it has them."""
+        in_nats = None if isinstance(self, MixedHit) else self.nats
+        return f"score={self.score:.6g}" if in_nats is None else f"nats={in_nats:.3g}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class BlendedHit(Hit):
-    """One row of a ranking by ``with_scores``: ``score`` is the blend of ``similarity`` and ``value``."""
+class MixedHit(Hit):
+    """One row of a ranking by a ``score`` that ``similarity`` is blended into."""
 
     similarity: float
-    """The cosine or dot product."""
+    """The cosine or dot product; of groups that ``rank-fusion`` combines, what that gives."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class BlendedHit(MixedHit):
+    """One row of a ranking by ``with_scores``: ``score`` is the blend of ``similarity`` and ``value``."""
+
     value: float | None
     """Σ weight·score of the sample in the training run; None where the run has no score of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class HybridHit(Hit):
+class HybridHit(MixedHit):
     """One row of a ranking by ``lexical``: ``score`` is the blend of ``similarity`` and ``bm25``."""
 
-    similarity: float
-    """The cosine or dot product."""
     bm25: float
     """Of the row's text for the texts of the val samples; 0 where they share no word."""
 
@@ -128,9 +137,7 @@ class QueryHits:
     def __repr__(self) -> str:
         best = ""
         if self.hits:
-            first = self.hits[0]
-            value = f"{first.score:.6g}" if first.nats is None else f"nats={first.nats:.3g}"
-            best = f", best {value} {first.id!r}"
+            best = f", best {self.hits[0].ranked_by().removeprefix('score=')} {self.hits[0].id!r}"
         lowest = f", {len(self.bottom)} lowest" if self.bottom else ""
         return f"<ranking {self.query!r}: {len(self.hits)} hits{best}{lowest}>"
 
@@ -237,16 +244,13 @@ class QueryResult:
 
 
 def with_nats(hits: Sequence[Sequence[Sequence[Hit]]], unit: Unit | None) -> list[list[list[Hit]]]:
-    """``hits`` of :func:`hits_of` with their ``nats``, where ``unit`` is one and their scores are products."""
-    if unit is None:
-        return [[list(ranking) for ranking in rankings] for rankings in hits]
-    return [
-        [
-            [replace(hit, nats=hit.score * unit.factor) if type(hit) is Hit else hit for hit in ranking]
-            for ranking in rankings
-        ]
-        for rankings in hits
-    ]
+    """``hits`` of :func:`hits_of` with their ``nats``, where products have a ``unit``."""
+
+    def of(hit: Hit) -> Hit:
+        product = hit.similarity if isinstance(hit, MixedHit) else hit.score
+        return hit if unit is None else replace(hit, nats=product * unit.factor)
+
+    return [[[of(hit) for hit in ranking] for ranking in rankings] for rankings in hits]
 
 
 def _without_tokens(row: dict[str, Any]) -> dict[str, Any]:

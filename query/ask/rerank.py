@@ -48,7 +48,10 @@ def refuse_rerank(question: Question, how: Reranking, top_k: int, bottom_k: int)
     }
     for option, is_given in unfit.items():
         if is_given:
-            raise UsageError(f"`rerank` scores rows by one product with each query; it cannot be used with {option}")
+            raise UsageError(
+                f"`rerank` scores rows by one product with each query; it cannot be used with {option}: leave one of "
+                "the two out"
+            )
 
 
 def refuse_cosine(how: Reranking, metric: Metric) -> None:

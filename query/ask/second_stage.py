@@ -256,9 +256,10 @@ class _Stage:
         if self.how.rerank_with == "ekfac":
             note += f"; before it of {rounds * self.how.samples:,} rows, for the eigenvalues"
         if self.how.rerank_with == "cg":
-            products = rounds + self.how.steps * queries
+            steps = self.how.steps
+            products = rounds + steps * queries
             note += (
-                f"; before it {self.how.steps} steps of conjugate gradients for {queries:,} "
+                f"; before it {steps} step{'s' * (steps != 1)} of conjugate gradients for {queries:,} "
                 f"quer{'y' if queries == 1 else 'ies'} on {self.how.samples:,} rows, about as much as passes of "
                 f"{2 * products * self.how.samples:,} rows"
             )

@@ -133,6 +133,17 @@ def test_how_much_is_done_is_never_cut(width: int) -> None:
     assert ("━" in last) == (width >= 132)
 
 
+@pytest.mark.parametrize("width", [20, 80])
+def test_sentences_are_folded_on_terminals_alone(width: int) -> None:
+    text = f"nats: {'by how much ' * 12}{'這是' * 5} /a/path/{'x' * 90} end\n  kept  as it is\n\n"
+    shown = terminal.folded(text, Console(width=width, force_terminal=True))
+    lines = shown.split("\n")
+    assert [line for line in lines if cell_len(line) > width] == [f"/a/path/{'x' * 90}"]
+    assert "  kept  as it is" in lines
+    assert shown.split() == text.split()
+    assert terminal.folded(text, Console(width=width, force_terminal=False)) == text
+
+
 def test_watch_and_a_plot_of_strange_domains(tmp_path: Path) -> None:
     """matplotlib would read mathematics, leave a name out of its legend; a terminal would obey."""
     ids = row_table().sample_id

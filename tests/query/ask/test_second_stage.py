@@ -15,6 +15,7 @@ from ghoststore.corpus import Fields, open_corpus
 from ghoststore.errors import UsageError
 from ghoststore.store import Store
 from query.ask.encoder import PartEncoder
+from query.ask.unit import metric_words
 from query.exact.products import exact_products
 from query.fidelity.fidelity import exact_gradients, pieces_of
 from tests.support.notes import Notes
@@ -162,6 +163,9 @@ def test_conjugate_gradients_begin_in_the_metric(folder: Path) -> None:
     assert third.settings["unit"] is None
     assert third.settings["rerank_damping"] > 0
     assert any("3 steps of conjugate gradients for 4 queries on 6 rows" in note for note in notes.said)
+    assert any("before it 1 step of conjugate" in note for note in notes.said)
+    words = "preconditioned by the Gauss-Newton matrix of 6 rows (3 steps of conjugate gradients)"
+    assert metric_words(third.settings) == f"dot, {words}"
     for ranking, same, other in zip(exact.results, first.results, third.results, strict=True):
         scores, begun, moved = (by_row(result.hits) for result in (ranking, same, other))
         a, b, c = (np.array([of[row] for row in scores]) for of in (scores, begun, moved))

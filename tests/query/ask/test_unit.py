@@ -118,6 +118,53 @@ def test_the_table_and_the_page_say_it(
     assert "nats" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("settings", [{}, {"layers": ["mlp"], "minus": "far"}, {"each": True, "rerank": 9}], ids=str)
+def test_the_sentence_fits_the_question(
+    built: Path, val: Path, lab: Lab, settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "minus" in settings:
+        settings = settings | {"minus": lab.write(tmp_path / "far.jsonl", lab.sample_rows(3, 9))}
+    print_hits(ask(built, val, top_k=2, **settings))
+    sentence = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("nats: "))
+    assert ("the val loss less that of the second val set is predicted" in sentence) == ("minus" in settings)
+    assert ("the share of the layers asked for" in sentence) == ("layers" in settings)
+
+
+def test_products_that_are_blended(built: Path, val: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The blend has no unit; the similarity in it has that of the products, in the table and on the page."""
+    page = tmp_path / "page.html"
+    alone, answer = ask(built, val, top_k=27), ask(built, val, top_k=27, lexical=0.5, report=page)
+    assert answer.settings["unit"] == alone.settings["unit"]
+    nats = {hit.id: hit.nats for hit in alone[0]}
+    assert {hit.id: hit.nats for hit in answer[0]} == nats
+    first = answer[0][0]
+    assert repr(first).startswith(f"HybridHit(rank=1, score={first.score:.6g}")
+    assert f"best {first.score:.6g} " in repr(answer)
+    assert first.cells()["nats"] == first.nats
+    print_hits(answer)
+    table = capsys.readouterr().out.splitlines()
+    assert table[2].split()[:4] == ["rank", "hybrid", "nats", "BM25"]
+    assert table[4].split()[:4] == ["1", f"{first.score:.4g}", f"{first.nats:.2e}", f"{first.bm25:.4g}"]
+    shown = page.read_text()
+    assert f'<b>{first.score:.4g}</b> <span class="soft">{first.nats:.4g} nats, BM25 {first.bm25:.4g}' in shown
+    assert "Scores of all 27 rows</h3>" in shown
+    with pytest.raises(UsageError, match="`threshold_nats`: these scores have no unit"):
+        ghoststore.select(
+            store=built, val_set=val, lexical=0.5, threshold_nats=0, out=tmp_path / "best.jsonl", device="cpu"
+        )
+
+
+def test_a_fusion_of_ranks_is_no_product(built: Path, val: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings: dict[str, Any] = {"group_field": "domain", "combine": "rank-fusion", "top_k": 1}
+    for options, headings in (({}, ["rank", "rank fusion"]), ({"lexical": 0.5}, ["rank", "hybrid", "rank fusion"])):
+        print_hits(ask(built, val, **settings, **options))
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rank ")]
+        best, worst, *groups = ([heading.strip() for heading in line.split("  ") if heading.strip()] for line in lines)
+        assert best[: len(headings)] == worst[: len(headings)] == headings
+        assert groups
+        assert all("dot" in group and "rank fusion" not in group for group in groups)
+
+
 def test_a_threshold_in_nats(built: Path, val: Path, tmp_path: Path) -> None:
     hits = ask(built, val, top_k=5).results[0].hits
     report = ghoststore.select(
