@@ -35,6 +35,8 @@ class Hit:
     nats: float | None = None
     """The product that ``score`` is, or is blended from, in the ``unit`` of the settings: a change of the val loss.
     None where it has none."""
+    unit: str | None = None
+    """The name of that unit, for words and tables in Python. Files have it once, in the settings."""
     id: str
     source_row: int
     domain: str | None
@@ -50,13 +52,16 @@ class Hit:
     """The val sample behind the ranking, or of several the one that adds most, with its tokens."""
 
     def cells(self) -> dict[str, Any]:
-        """What a table of a notebook shows of it, by column."""
-        shown = _without_tokens(asdict(self))
-        text = shown.pop("text")
+        """What a table of a notebook shows of it, by column; a product in its unit, where it has one."""
+        shown = _flat(asdict(self))
+        text, nats, product = shown.pop("text"), shown.pop("nats"), "score"
+        if isinstance(self, MixedHit):
+            product = "similarity"
         if not self.window_start:
             del shown["window_start"]
-        if self.nats is None:
-            del shown["nats"]
+        if self.unit is not None:
+            shown = {self.unit if name == product else name: value for name, value in shown.items()}
+            shown[self.unit] = nats
         return {**shown, "text": text}
 
     def __repr__(self) -> str:
@@ -66,7 +71,7 @@ class Hit:
     def ranked_by(self) -> str:
         """The number that it is ranked by, named, in nats where it has them."""
         in_nats = None if isinstance(self, MixedHit) else self.nats
-        return f"score={self.score:.6g}" if in_nats is None else f"nats={in_nats:.3g}"
+        return f"score={self.score:.6g}" if in_nats is None else f"{self.unit or 'nats'}={in_nats:.3g}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -210,9 +215,10 @@ class QueryResult:
         """The document that ``ghoststore query --json`` prints; with ``bottom`` only if ``bottom_k`` is not 0."""
         results = [asdict(result) for result in self.results]
         for result in results:
-            if not self.settings.get("tokens"):
-                for hit in (*result["hits"], *result["bottom"]):
-                    _without_tokens(hit)
+            for hit in (*result["hits"], *result["bottom"]):
+                del hit["unit"]
+                if not self.settings.get("tokens"):
+                    _flat(hit)
             if not self.settings.get("bottom_k"):
                 del result["bottom"]
         return {"store": self.store, "settings": self.settings, "results": results}
@@ -223,7 +229,7 @@ class QueryResult:
             for name, hits in (("top", result.hits), ("bottom", result.bottom)):
                 for hit in hits:
                     row = {"query": result.query, "val_row": result.val_row, "list": name, **asdict(hit)}
-                    yield _without_tokens(row)
+                    yield _flat(row)
 
     def write(self, path: str | Path) -> None:
         """Write a new file: the document as ``.json``, or flat rows as ``.jsonl``, ``.csv`` or ``.parquet``.
@@ -235,7 +241,7 @@ class QueryResult:
     @property
     def _columns(self) -> dict[str, type]:
         """Of flat rows."""
-        return {"query": str, "val_row": int, "list": str, **columns_of(self._hit, leave_out=OF_TOKENS)}
+        return {"query": str, "val_row": int, "list": str, **columns_of(self._hit, leave_out=(*OF_TOKENS, "unit"))}
 
     @property
     def _hit(self) -> type[Hit]:
@@ -248,14 +254,14 @@ def with_nats(hits: Sequence[Sequence[Sequence[Hit]]], unit: Unit | None) -> lis
 
     def of(hit: Hit) -> Hit:
         product = hit.similarity if isinstance(hit, MixedHit) else hit.score
-        return hit if unit is None else replace(hit, nats=product * unit.factor)
+        return hit if unit is None else replace(hit, nats=product * unit.factor, unit=unit.name)
 
     return [[[of(hit) for hit in ranking] for ranking in rankings] for rankings in hits]
 
 
-def _without_tokens(row: dict[str, Any]) -> dict[str, Any]:
-    """``row`` of a hit without what lies behind its score, which no flat table holds."""
-    for name in OF_TOKENS:
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """``row`` of a hit without what lies behind its score, which no flat table holds, and without its unit."""
+    for name in (*OF_TOKENS, "unit"):
         row.pop(name, None)
     return row
 

@@ -87,6 +87,12 @@ def test_of_plain_gradients_it_is_that_of_a_step(plain: Path, val: Path) -> None
     answer = ask(plain, val, metric="dot")
     assert answer.settings["unit"] == {"name": "nats/lr", "factor": 1.0, "rounding": 1.0, "step": "gradient descent"}
     assert all(hit.nats == hit.score for hit in answer.results[0].hits)
+    first = answer[0][0]
+    assert f"nats/lr={first.nats:.3g}" in repr(first)
+    assert f"best nats/lr={first.nats:.3g}" in repr(answer)
+    assert list(first.cells())[:3] == ["rank", "nats/lr", "id"]
+    assert "unit" not in answer.to_json()["results"][0]["hits"][0]
+    assert "unit" not in answer.to_arrow().column_names
 
 
 @pytest.mark.parametrize(
@@ -140,7 +146,8 @@ def test_products_that_are_blended(built: Path, val: Path, tmp_path: Path, capsy
     first = answer[0][0]
     assert repr(first).startswith(f"HybridHit(rank=1, score={first.score:.6g}")
     assert f"best {first.score:.6g} " in repr(answer)
-    assert first.cells()["nats"] == first.nats
+    assert [first.cells()[name] for name in ("score", "nats", "bm25")] == [first.score, first.nats, first.bm25]
+    assert "similarity" not in first.cells()
     print_hits(answer)
     table = capsys.readouterr().out.splitlines()
     assert table[2].split()[:4] == ["rank", "hybrid", "nats", "BM25"]
