@@ -103,7 +103,9 @@ def _columns(settings: dict[str, Any], in_nats: bool, fused: bool) -> list[Colum
     """The columns of a table. ``fused``: whether its similarities are those of ``combine=rank-fusion``."""
     metric, symbol = settings["metric"], STEP_WEIGHT_SYMBOLS[settings["weight"]] if "weight" in settings else ""
     similarity = settings["unit"]["name"] if in_nats else "rank fusion" if fused else metric
-    scores = [f"Σ {symbol}·{metric}", "times"] if "run" in settings else [similarity]
+    scores = [similarity]
+    if "run" in settings:
+        scores = [similarity if fused else f"Σ {symbol}·{metric}", "times"]
     if "with_scores" in settings:
         scores = ["blend", similarity, f"Σ {symbol}·score"]
     if "lexical" in settings:

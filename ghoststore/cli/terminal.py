@@ -284,9 +284,11 @@ def _widths(columns: list[tuple[str, bool]], rows: list[list[str]], total: int) 
     whole = [max(map(cell_len, column)) for column in texts]
     words = [max((cell_len(word) for text in column for word in text.split()), default=1) for column in texts]
     least = [size if right else min(size, SHORT) for size, (_, right) in zip(words, columns, strict=True)]
-    for room, tight in ((total - 2 - 3 * len(columns), False), (total - len(columns), True)):
-        if sum(least) <= room:
-            return _narrowed(whole, least, room), tight
+    rooms = ((total - 2 - 3 * len(columns), False), (total - len(columns), True))
+    for wanted in (whole, least):  # without padding, rather than with folded cells
+        for room, tight in rooms:
+            if sum(wanted) <= room:
+                return _narrowed(whole, least, room), tight
     return None
 
 

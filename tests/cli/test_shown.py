@@ -61,6 +61,17 @@ def test_no_number_is_folded(width: int, monkeypatch: pytest.MonkeyPatch, capsys
     assert len([line for line in lines if all(number in line for number in cells[2:])]) == (2 if width >= 80 else 0)
 
 
+def test_padding_gives_way_before_cells_are_folded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "stdout_console", lambda: Console(width=80, force_terminal=False))
+    row = ["preconditioned-cosine+bm25", "-0.594 (-0.750 to +0.000)", "-1.000 (-1.000 to +0.000)"]
+    terminal.print_table("LDS", [("score", False), ("each of 16 val samples", True), ("1 val group", True)], [row])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(cell in lines[-1] for cell in row)
+    assert max(map(cell_len, lines)) <= 80
+
+
 @given(TEXTS)
 def test_json_is_exact(text: str) -> None:
     value = {text: [text, 1, None]}
