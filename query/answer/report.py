@@ -260,10 +260,11 @@ def _left_out(result: QueryResult, layers: Contributions | str) -> str:
             "of the stored vectors."
         )
     if result.settings.get("tokens"):
+        unit = result.settings["unit"]
         notes.append(
-            f"Colors: what a token adds to the {result.settings['metric']} of its row, computed again without rounding "
-            "(not in nats); red, what it takes off. A token adds through all the losses behind it, not by the loss of "
-            "predicting it alone."
+            f"Colors: what a token adds to the {result.settings['metric']} of its row, computed again without rounding"
+            f"{'' if unit is None else ', in ' + unit['name']}; red, what it takes off. A token adds through all the "
+            "losses behind it, not by the loss of predicting it alone."
         )
     return " ".join(notes)
 

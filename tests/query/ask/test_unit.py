@@ -172,6 +172,15 @@ def test_a_fusion_of_ranks_is_no_product(built: Path, val: Path, capsys: pytest.
         assert all("dot" in group and "rank fusion" not in group for group in groups)
 
 
+def test_colors_of_the_page_are_in_the_unit(built: Path, val: Path, tmp_path: Path) -> None:
+    answer = ask(built, val, top_k=1, tokens=True, lexical=0.1, report=tmp_path / "page.html")
+    page, unit, hit = (tmp_path / "page.html").read_text(), answer.settings["unit"], answer[0][0]
+    strongest = max((token.score for token in hit.tokens), key=abs) * unit["factor"] / unit["rounding"]
+    assert f'title="{strongest:.4g}"' in page
+    assert f"of {hit.recomputed * unit['factor'] / unit['rounding']:.4g} nats</div>" in page
+    assert "without rounding, in nats; red" in page
+
+
 def test_a_threshold_in_nats(built: Path, val: Path, tmp_path: Path) -> None:
     hits = ask(built, val, top_k=5).results[0].hits
     report = ghoststore.select(
