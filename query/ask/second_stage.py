@@ -71,10 +71,10 @@ class Reranking(RerankOptions):
         """Whether scores are in the metric of the part, and not in one that is measured anew."""
         return self.rerank is None or self.rerank_with not in ("ekfac", "cg")
 
-    @property
-    def samples(self) -> int:
-        """Rows of the corpus to learn from."""
-        return SAMPLES[self.rerank_with] if self.rerank_samples is None else self.rerank_samples
+    def samples(self, part: Part) -> int:
+        """Rows of the corpus to learn from: no more than there are."""
+        wanted = SAMPLES[self.rerank_with] if self.rerank_samples is None else self.rerank_samples
+        return min(wanted, int(part.usable().sum()))
 
     @property
     def steps(self) -> int:
@@ -93,7 +93,7 @@ class Reranking(RerankOptions):
             return {"rerank": None}
         settings: dict[str, Any] = {"rerank": self.rerank, "rerank_with": self.rerank_with}
         if self.rerank_with in ("ekfac", "cg"):
-            settings |= {"rerank_samples": self.samples, "rerank_damping": self.damping(part)}
+            settings |= {"rerank_samples": self.samples(part), "rerank_damping": self.damping(part)}
         return settings | ({"cg_steps": self.steps} if self.rerank_with == "cg" else {})
 
 
@@ -240,7 +240,7 @@ class _Stage:
         """Usable rows of the part, evenly spaced."""
         part = self.encoder.part
         usable = part.row_numbers[part.usable()]
-        count = min(self.how.samples, len(usable))
+        count = self.how.samples(part)
         return self.encoder.source_rows(usable[np.arange(count) * len(usable) // count])
 
     def note_cost(self, weights_QV: Tensor, candidates: NDArray[np.int64]) -> None:
@@ -254,14 +254,14 @@ class _Stage:
         val_rows = f"{vals:,} val row" + "s" * (vals != 1)
         note = f"second stage: forward and backward passes of {val_rows} and {rows}"
         if self.how.rerank_with == "ekfac":
-            note += f"; before it of {rounds * self.how.samples:,} rows, for the eigenvalues"
+            note += f"; before it of {rounds * self.how.samples(self.encoder.part):,} rows, for the eigenvalues"
         if self.how.rerank_with == "cg":
-            steps = self.how.steps
+            steps, samples = self.how.steps, self.how.samples(self.encoder.part)
             products = rounds + steps * queries
             note += (
                 f"; before it {steps} step{'s' * (steps != 1)} of conjugate gradients for {queries:,} "
-                f"quer{'y' if queries == 1 else 'ies'} on {self.how.samples:,} rows, about as much as passes of "
-                f"{2 * products * self.how.samples:,} rows"
+                f"quer{'y' if queries == 1 else 'ies'} on {samples:,} rows, about as much as passes of "
+                f"{2 * products * samples:,} rows"
             )
         self.progress.note(note)
 

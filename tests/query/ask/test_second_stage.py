@@ -173,6 +173,14 @@ def test_conjugate_gradients_begin_in_the_metric(folder: Path) -> None:
         assert np.abs(c / np.linalg.norm(c) - a / np.linalg.norm(a)).max() > 1e-3
 
 
+def test_no_more_rows_than_there_are(folder: Path) -> None:
+    notes = Notes()
+    ways = {"top_k": 1, "bottom_k": 1, "rerank": 2, "rerank_with": "cg", "cg_steps": 1, "rerank_samples": 10_000}
+    answer = ask(folder, progress=notes, **ways)
+    assert answer.settings["rerank_samples"] == ROWS - 1
+    assert any(f"for 1 query on {ROWS - 1} rows, about" in note for note in notes.said)
+
+
 @pytest.mark.slow
 def test_measured_eigenvalues(folder: Path) -> None:
     """Another order than K-FAC's, near it; cosines of rows with themselves are below or at 1."""
