@@ -248,7 +248,7 @@ class _Stage:
         queries, vals = weights_QV.shape
         rounds = -(-queries // self.queries_at_once)
         tokens = int(np.asarray(self.encoder.part.read_rows("n_tokens", candidates), dtype=np.int64).sum())
-        rows = f"{len(candidates):,} rows of the corpus ({tokens:,} tokens)"
+        rows = f"{len(candidates):,} row{'s' * (len(candidates) != 1)} of the corpus ({tokens:,} tokens)"
         if rounds > 1:
             rows += f", these {rounds} times, for {self.queries_at_once} of {queries} queries each"
         val_rows = f"{vals:,} val row" + "s" * (vals != 1)

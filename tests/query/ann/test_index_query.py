@@ -87,8 +87,9 @@ def test_the_rows_of_exact_search(store: Path, settings: dict[str, Any]) -> None
     ],
 )
 def test_refused(store: Path, settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    """Before a model is looked for."""
     with pytest.raises(error, match=message):
-        ask(store, "ann", **settings)
+        ask(store, "ann", checkpoint="nowhere", **settings)
 
 
 def test_unknown_words(store: Path) -> None:
