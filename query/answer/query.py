@@ -20,7 +20,7 @@ from query.answer.run_query import query_run
 from query.answer.tokens import explain, refuse_tokens
 from query.ask.opened_model import OpenedModel
 from query.ask.question import Question
-from query.ask.rerank import rank_anew, refuse_cosine, refuse_rerank
+from query.ask.rerank import rank_anew, refuse_part, refuse_rerank
 from query.ask.run_question import refuse_options_of_runs
 from query.ask.scorer import Scorer, open_scorer
 from query.ask.second_stage import Reranking
@@ -139,7 +139,7 @@ def _answer(
     counts = (settings["top_k"], settings["bottom_k"])
     parts, weights = open_parts(question.store, question.part, question.part_weights, progress)
     metric, ann = metric_for(question.metric, parts), None
-    refuse_cosine(how, metric)
+    refuse_part(how, parts[0], metric)
     if settings["index"] == "ann":
         some_layers = bool(question.layers or question.exclude_layers)
         refuse_lengths(metric, some_layers=some_layers, preconditioned=question.precondition != "none")

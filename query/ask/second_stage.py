@@ -103,8 +103,7 @@ def exact_scores(
     """(Q, U) float64: the exact scores of the rows ``candidates`` in every ranking of ``scorer``.
 
     ``scorer`` must keep its model and val sets. A score is NaN where the gradient of the row is not finite. A note to
-    ``progress`` says what it will cost. UsageError where the part, or its model, does not fit ``how``; also what
-    :meth:`PartEncoder.source_rows` raises.
+    ``progress`` says what it will cost. Raises what :meth:`PartEncoder.source_rows` raises.
     """
     stage = _Stage.of(scorer, how, progress)
     vals, weights_QV = _val_rows(scorer)
@@ -142,23 +141,7 @@ class _Stage:
         manifest = encoder.part.manifest
         layers = LayerGradients(encoder.model, blocks, reduction=manifest["loss"]["reduction"])
         passes = Passes(layers, int(manifest["batching"]["batch_tokens"]), bool(manifest["batching"]["padding"]))
-        stage = cls(scorer=scorer, encoder=encoder, how=how, layers=layers, passes=passes, progress=progress)
-        stage._refuse()
-        return stage
-
-    def _refuse(self) -> None:
-        part, way = self.encoder.part, self.how.rerank_with
-        calibration = self.encoder.plan.calibration
-        if way == "ekfac" and (calibration is None or calibration.preconditioner is None):
-            raise UsageError(
-                f"`rerank_with=ekfac` measures the eigenvalues of K-FAC's factors, and part {part.name!r} has none: "
-                "give `rerank_with=exact`, or query a part that was built with `precondition=kronecker`"
-            )
-        if way == "cg" and part.manifest["dtype"]["model"] == "float16":
-            raise UsageError(
-                f"`rerank_with=cg` needs a model of float32 or bfloat16, and that of part {part.name!r} is float16: "
-                "give `rerank_with=exact`"
-            )
+        return cls(scorer=scorer, encoder=encoder, how=how, layers=layers, passes=passes, progress=progress)
 
     @property
     def blocks(self) -> list[Block]:

@@ -210,5 +210,6 @@ def test_measured_eigenvalues(folder: Path) -> None:
     ],
 )
 def test_refused(folder: Path, part: str, settings: dict[str, Any], message: str) -> None:
+    """Before a model is looked for."""
     with pytest.raises(UsageError, match=message):
-        ask(folder, part, **settings)
+        ask(folder, part, checkpoint="nowhere", **settings)
