@@ -26,6 +26,7 @@ from query.ask.scorer import Scorer, open_scorer
 from query.ask.second_stage import Reranking
 from query.ask.unit import unit_of
 from query.common.output import check_output
+from query.common.texts import corpus_behind
 from query.search.parts import note_repeated, open_parts, part_names
 
 
@@ -145,6 +146,8 @@ def _answer(
         refuse_lengths(metric, some_layers=some_layers, preconditioned=question.precondition != "none")
         ann = AnnIndex.open(parts[0], index_name, metric=metric, device=resolve_device(question.device))
         settings = {**ann.settings(), **settings}
+    if how.rerank is not None or "tokens" in settings:
+        corpus_behind(parts[0], question.data)  # it can be read: found out before a model is loaded
     recomputes = page is not None and parts[0].sketched_together and recomputable(question, len(parts))
     with (
         question.opened_val_set(progress) as corpus,
