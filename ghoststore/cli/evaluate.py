@@ -33,14 +33,14 @@ def command(keywords: options.Keywords, printing: Printing) -> None:
 def _print(report: Any) -> None:
     from ghoststore.cli.terminal import print_table
 
-    settings = report.settings
+    settings, groups = report.settings, len(report.settings["groups"])
     if report.lds:
         print_table(
             f"LDS over {settings['halves']} trainings on halves of {settings['samples']:,} samples (95 % interval)",
             [
                 ("score", False),
                 (f"each of {settings['val_samples']:,} val samples", True),
-                (f"{len(settings['groups'])} val groups", True),
+                (f"{groups} val group{'s' * (groups != 1)}", True),
             ],
             [[lds.method, _interval(lds.samples), _interval(lds.groups)] for lds in report.lds],
         )

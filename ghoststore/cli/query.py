@@ -39,16 +39,17 @@ def print_hits(result: Any) -> None:
     from ghoststore.cli.ranking import print_ranking
     from ghoststore.cli.terminal import preview, say
     from ghoststore.cli.tokens import token_lines
+    from query.ask.unit import metric_words, unit_words
 
     settings = result.settings
     metric, of_run = settings["metric"], "run" in settings
-    beside = ["similarity", "value"] if "with_scores" in settings else []
-    beside = ["similarity", "bm25"] if "lexical" in settings else beside
+    beside = "value" if "with_scores" in settings else "bm25" if "lexical" in settings else None
     in_nats = any(hit.nats is not None for query in result.results for hit in (*query.hits, *query.bottom))
-    columns, about = _columns(settings, in_nats), "" if of_run else _about(settings)
+    about = "" if of_run else f"metric: {metric_words(settings)}"
     titles = ("nearest to {0}", "farthest from {0}") if metric in ("cosine", "dot") else ("highest {1}", "lowest {1}")
     times = Counter(query.query for query in result.results)
-    for query in result.results:
+    for place, query in enumerate(result.results):
+        columns = _columns(settings, in_nats, fused=settings.get("combine") == "rank-fusion" and not place)
         if of_run and settings["mode"] == "own":
             name = "each step's own val gradient"
         else:
@@ -56,9 +57,11 @@ def print_hits(result: Any) -> None:
         for title, hits in zip(titles, (query.hits, query.bottom), strict=True):
             rows = []
             for hit in hits:
-                numbers = [hit.score, *(getattr(hit, name) for name in beside)]
-                cells = ["–" if number is None else f"{number:.4g}" for number in numbers]
-                cells[:1] = [f"{hit.nats:.2e}"] if hit.nats is not None else cells[:1]
+                similarity = f"{hit.similarity if beside else hit.score:.4g}"
+                cells = [similarity if hit.nats is None else f"{hit.nats:.2e}"]
+                if beside is not None:
+                    value = getattr(hit, beside)
+                    cells = [f"{hit.score:.4g}", *cells, "–" if value is None else f"{value:.4g}"]
                 cells += [f"{hit.times:,}"] if of_run else []
                 rows.append([str(hit.rank), *cells, hit.id, str(hit.source_row), hit.domain or "", preview(hit.text)])
             if rows:
@@ -66,13 +69,11 @@ def print_hits(result: Any) -> None:
     if "lexical" in settings:
         words = settings["lexical"]
         say(
-            f"hybrid: {1 - words:g} × {metric} + {words:g} × BM25, each in standard deviations from its mean over the "
-            "rows that rank."
+            f"hybrid: {1 - words:g} × similarity + {words:g} × BM25, each in standard deviations from its mean over "
+            "the rows that rank."
         )
     if in_nats:
-        from query.ask.unit import unit_words
-
-        say(unit_words(settings["unit"]))
+        say(unit_words(settings))
     if settings.get("tokens") and (first := next((hit for query in result.results for hit in query.hits), None)):
         stored, anew = f"{first.similarity if beside else first.score:.4g}", f"{first.recomputed:.4g}"
         if first.nats is not None:
@@ -98,26 +99,19 @@ def print_hits(result: Any) -> None:
         say(f"fidelity: {fidelity_line(settings['fidelity'])}")
 
 
-def _columns(settings: dict[str, Any], in_nats: bool) -> list[Column]:
+def _columns(settings: dict[str, Any], in_nats: bool, fused: bool) -> list[Column]:
+    """The columns of a table. ``fused``: whether its similarities are those of ``combine=rank-fusion``."""
     metric, symbol = settings["metric"], STEP_WEIGHT_SYMBOLS[settings["weight"]] if "weight" in settings else ""
-    scores = [f"Σ {symbol}·{metric}", "times"] if "run" in settings else [metric]
-    scores = [settings["unit"]["name"]] if in_nats else scores
+    similarity = settings["unit"]["name"] if in_nats else "rank fusion" if fused else metric
+    scores = [similarity]
+    if "run" in settings:
+        scores = [similarity if fused else f"Σ {symbol}·{metric}", "times"]
     if "with_scores" in settings:
-        scores = ["blend", metric, f"Σ {symbol}·score"]
+        scores = ["blend", similarity, f"Σ {symbol}·score"]
     if "lexical" in settings:
-        scores = ["hybrid", metric, "BM25"]
+        scores = ["hybrid", similarity, "BM25"]
     numbers: list[Column] = [(heading, "number") for heading in ("rank", *scores)]
     return [*numbers, ("id", "id"), ("row", "number"), ("domain", "text"), ("text", "text")]
-
-
-def _about(settings: dict[str, Any]) -> str:
-    """The metric of the scores: that of the part's vectors, and what the question adds."""
-    metric = settings["metric"]
-    of_part = settings.get("part_metric")
-    words = f"{metric} of plain gradients" if of_part is None else f"{metric}, {of_part}"
-    if settings["precondition"] == "second-moment":
-        words += f"; with the second moment of the part's rows, damping {settings['damping']:g}"
-    return f"metric: {words}"
 
 
 def _fewer(result: Any) -> str:
@@ -139,4 +133,12 @@ def _recall(settings: dict[str, Any]) -> str:
     at = 10 if rows <= 10 else 100
     recalls = ", ".join(f"{recall[f'at_{at}']:.3f} for {kind}s" for kind, recall in settings["recall"].items())
     more = f" ({rows:,} rows are searched for here; of so many it was not measured)" if rows > 100 else ""
+    others = {
+        "--layers": bool(settings["layers"] or settings["exclude_layers"]),
+        "--precondition": settings["precondition"] != "none",
+        "--minus": "minus" in settings,
+        "--where": "where" in settings,
+    }
+    if named := [option for option, given in others.items() if given]:
+        more += f", without {' and '.join(named)}"
     return f"Found by index {settings['index_name']}; its recall@{at} when it was built: {recalls}{more}."

@@ -97,4 +97,4 @@ def _print(report: Any) -> None:
     if unit is not None:
         from query.ask.unit import unit_words
 
-        say(unit_words(unit))
+        say(unit_words(report.settings))

@@ -174,7 +174,8 @@ class Bars:
         message = visible(self._render(message), lines=True)
         if message not in self._said:  # a command may open one val set several times
             self._said.add(message)
-            self.console.print(f"note: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+            text = folded(f"note: {message}", self.console)
+            self.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 class Notes(Silent):
@@ -197,10 +198,28 @@ def listener(quiet: bool) -> Bars | Notes | EventLog:
 
 
 def say(text: str = "") -> None:
-    """Write lines of data to stdout."""
+    """Write lines of data to stdout; on a terminal, those that are wider are folded between words."""
     # Not by click, which writes UTF-8 even if stdout is ASCII.
-    sys.stdout.write(visible(text, lines=True) + "\n")
+    sys.stdout.write(folded(visible(text, lines=True), Console()) + "\n")
     sys.stdout.flush()
+
+
+def folded(text: str, console: Console) -> str:
+    """``text``, its lines folded between words to the columns of ``console``, if that is a terminal. A longer word,
+    such as a path, stays whole, so that it can be copied.
+    """
+    if not console.is_terminal:
+        return text
+    lines: list[str] = []
+    for line in text.split("\n"):
+        first, *words = line.split(" ")
+        lines.append(first)
+        for word in words:
+            if cell_len(lines[-1]) + 1 + cell_len(word) <= console.width or not lines[-1].strip():
+                lines[-1] += f" {word}"
+            else:
+                lines.append(word)
+    return "\n".join(lines)
 
 
 def notify(text: str) -> None:
@@ -265,9 +284,11 @@ def _widths(columns: list[tuple[str, bool]], rows: list[list[str]], total: int) 
     whole = [max(map(cell_len, column)) for column in texts]
     words = [max((cell_len(word) for text in column for word in text.split()), default=1) for column in texts]
     least = [size if right else min(size, SHORT) for size, (_, right) in zip(words, columns, strict=True)]
-    for room, tight in ((total - 2 - 3 * len(columns), False), (total - len(columns), True)):
-        if sum(least) <= room:
-            return _narrowed(whole, least, room), tight
+    rooms = ((total - 2 - 3 * len(columns), False), (total - len(columns), True))
+    for wanted in (whole, least):  # without padding, rather than with folded cells
+        for room, tight in rooms:
+            if sum(wanted) <= room:
+                return _narrowed(whole, least, room), tight
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -21,7 +21,7 @@ def takes(kind: Callable[P, Options]) -> Callable[[Callable[[Options], R]], Call
 
     Type checkers see the keywords of ``kind``, and `help` shows their names, types and defaults. TypeError for an
     unknown keyword, with the most similar one, and for a missing one; UsageError for a value that is not one of the
-    choices.
+    choices. A string in the place of a list of strings is a list of one.
     """
 
     def decorate(function: Callable[[Options], R]) -> Callable[P, R]:
@@ -38,6 +38,9 @@ def takes(kind: Callable[P, Options]) -> Callable[[Callable[[Options], R]], Call
                 values = signature.bind(*args, **keywords).arguments
             except TypeError as error:
                 raise TypeError(f"{function.__name__}(): {error}") from None
+            for name, value in values.items():
+                if isinstance(value, str) and signature.parameters[name].annotation == Sequence[str]:
+                    values[name] = (value,)
             refuse(values)
             options: Options = kind(**values)
             check_choices(options)

@@ -126,13 +126,18 @@ class AnnIndex:
                 f"index {self.name!r} is for `metric={self.manifest.metric}`, not {term.metric}: "
                 f"`ghoststore index --metric {term.metric}` makes one, or give `metric={self.manifest.metric}`"
             )
-        if term.metric == "cosine" and term.groups is not None:
-            raise UsageError(
-                f"an index by cosine ranks whole vectors, not some layers: these have lengths of their own{exact}, or "
-                "`metric=dot`"
-            )
-        if term.metric == "cosine" and term.preconditioner is not None:
-            raise UsageError(f"an index by cosine knows no preconditioned lengths{exact}, or `metric=dot`")
+        refuse_lengths(term.metric, some_layers=term.groups is not None, preconditioned=term.preconditioner is not None)
+
+
+def refuse_lengths(metric: Metric, *, some_layers: bool, preconditioned: bool) -> None:
+    """UsageError for cosines by other lengths than those of whole vectors as they are stored."""
+    if metric == "cosine" and some_layers:
+        raise UsageError(
+            "an index by cosine ranks whole vectors, not some layers: these have lengths of their own; use "
+            "`index=exact`, or `metric=dot`"
+        )
+    if metric == "cosine" and preconditioned:
+        raise UsageError("an index by cosine knows no preconditioned lengths; use `index=exact`, or `metric=dot`")
 
 
 def refuse_foreign(part: Part, name: str, manifest: IndexManifest) -> None:

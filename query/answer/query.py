@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ghoststore.checkpoint.load import resolve_device
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import part_of, takes
 from ghoststore.settings.question import QueryOptions
 from ghoststore.store.part.fidelity import read_fidelity
 from ghoststore.store.part.metric import metric_for
-from query.ann.index import AnnIndex
+from query.ann.index import AnnIndex, refuse_lengths
 from query.answer.contributions import recomputable
 from query.answer.report import write_report
 from query.answer.results import QueryHits, QueryResult, hits_of, with_nats
@@ -19,12 +20,13 @@ from query.answer.run_query import query_run
 from query.answer.tokens import explain, refuse_tokens
 from query.ask.opened_model import OpenedModel
 from query.ask.question import Question
-from query.ask.rerank import rank_anew, refuse_cosine, refuse_rerank
+from query.ask.rerank import rank_anew, refuse_part, refuse_rerank
 from query.ask.run_question import refuse_options_of_runs
 from query.ask.scorer import Scorer, open_scorer
 from query.ask.second_stage import Reranking
 from query.ask.unit import unit_of
 from query.common.output import check_output
+from query.common.texts import corpus_behind
 from query.search.parts import note_repeated, open_parts, part_names
 
 
@@ -137,7 +139,15 @@ def _answer(
     """The answer to ``question``. ``settings`` say how rows are ranked: index, top_k, bottom_k; ``how``, how anew."""
     counts = (settings["top_k"], settings["bottom_k"])
     parts, weights = open_parts(question.store, question.part, question.part_weights, progress)
-    refuse_cosine(how, metric_for(question.metric, parts))
+    metric, ann = metric_for(question.metric, parts), None
+    refuse_part(how, parts[0], metric)
+    if settings["index"] == "ann":
+        some_layers = bool(question.layers or question.exclude_layers)
+        refuse_lengths(metric, some_layers=some_layers, preconditioned=question.precondition != "none")
+        ann = AnnIndex.open(parts[0], index_name, metric=metric, device=resolve_device(question.device))
+        settings = {**ann.settings(), **settings}
+    if how.rerank is not None or "tokens" in settings:
+        corpus_behind(parts[0], question.data)  # it can be read: found out before a model is loaded
     recomputes = page is not None and parts[0].sketched_together and recomputable(question, len(parts))
     with (
         question.opened_val_set(progress) as corpus,
@@ -148,10 +158,6 @@ def _answer(
             question, parts, weights, corpus, progress, minus=minus, keep_model=keep_model, opened=opened
         )
         note_repeated(scorer.part, progress)
-        ann = None
-        if settings["index"] == "ann":
-            ann = AnnIndex.open(scorer.part, index_name, metric=scorer.metric, device=scorer.device)
-            settings = {**ann.settings(), **settings}
         if how.rerank is None:
             rankings = scorer.rank(*counts, progress, index=ann)
         else:

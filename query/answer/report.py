@@ -19,11 +19,11 @@ from ghoststore.shown import visible
 from ghoststore.store import Part
 from ghoststore.store.base.new_files import new_file
 from query.answer.contributions import Contributions, contributions
-from query.answer.results import Hit, QueryResult
+from query.answer.results import Hit, MixedHit, QueryResult
 from query.answer.tokens import Token, pieces
 from query.ask.question import COMBINED
 from query.ask.scorer import Scorer
-from query.ask.unit import unit_of, unit_words
+from query.ask.unit import metric_words, unit_of, unit_words
 from query.search.search import Ranking
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -50,7 +50,8 @@ def write_report(
     stored, recomputed = (
         None if unit is None else unit_of(scorer.question, scorer.parts, rounded=rounded) for rounded in (True, False)
     )
-    scores = scorer.scores(progress, len(shown)) * (1.0 if stored is None else stored.factor)
+    in_unit = stored is not None and not scorer.mixed
+    scores = scorer.scores(progress, len(shown)) * (stored.factor if stored is not None and in_unit else 1.0)
     rows = [[int(row) for row in ranking if row >= 0] for ranking in rankings[0].rows[: len(shown)]]
     layers = contributions(scorer, rows, progress)
     if isinstance(layers, Contributions) and stored is not None and recomputed is not None:
@@ -61,26 +62,29 @@ def write_report(
         titles = {COMBINED: f"all groups ({scorer.question.combine})"}
     elif scorer.question.each:
         titles = {}
+    fused, reranked = scorer.question.combine == "rank-fusion", result.settings["rerank"] is not None
     page = {
         "title": f"{_count(result)} {Path(str(result.settings['val_set'])).name}",
         "subtitle": _subtitle(scorer, result),
-        "metric": result.settings["metric"],
         "unit": "" if unit is None else unit["name"],
+        "score_unit": unit["name"] if unit is not None and in_unit else "",
         "of_tokens": 1.0 if recomputed is None else recomputed.factor,
-        "unit_words": "" if unit is None else unit_words(unit),
+        "unit_words": "" if unit is None else unit_words(result.settings),
         "rankings": [
             {
                 "name": ranking.query,
                 "title": titles.get(ranking.query, ranking.query),
+                "similarity": "rank fusion" if fused and not place else result.settings["metric"],
                 "hits": _hits(ranking.hits, hit_rows, layers, place),
                 "bottom": _hits(ranking.bottom, [], layers, place),
-                "histogram": histogram(scores[place], ranking.hits),
+                "histogram": histogram(scores[place], () if reranked else ranking.hits),
                 "domains": _domains(scorer.part, hit_rows, domains),
                 "layers": _mean_layers(layers, place),
             }
             for place, (ranking, hit_rows) in enumerate(zip(shown, rows, strict=True))
         ],
-        "layers_note": layers.note if isinstance(layers, Contributions) else "",
+        "layers_note": layers.note if isinstance(layers, Contributions) and not reranked else "",
+        "reranked": reranked,
         "left_out": _left_out(result, layers),
         "settings": [(name, _shown(value)) for name, value in {"store": result.store, **result.settings}.items()],
     }
@@ -135,8 +139,8 @@ def histogram(scores_N: NDArray[np.float64], hits: Sequence[Hit]) -> dict[str, A
 
 
 def _shown_score(hit: Hit) -> float:
-    """In nats, where it has them."""
-    return hit.score if hit.nats is None else hit.nats
+    """What it is ranked by, in nats where it has them."""
+    return hit.score if hit.nats is None or isinstance(hit, MixedHit) else hit.nats
 
 
 def _domains(part: Part, rows: Sequence[int], all_rows: NDArray[np.int64]) -> list[dict[str, Any]]:
@@ -233,11 +237,11 @@ def _count(result: QueryResult) -> str:
 
 
 def _subtitle(scorer: Scorer, result: QueryResult) -> str:
-    score = "Blend of similarity and training-time value" if scorer.blend else f"{scorer.metric.capitalize()}"
-    score = "Blend of BM25 and similarity" if scorer.hybrid else score
-    metric = result.settings["part_metric"] or ""
+    score = metric_words(result.settings)
+    if scorer.mixed:
+        score = f"blend of {'BM25' if scorer.hybrid else 'training-time value'} and similarity ({score})"
     return (
-        f"{score} of gradients {metric}".rstrip() + f"; {result.settings['rows']:,} rows of part {scorer.part.name}, "
+        f"{score[0].upper()}{score[1:]}; {result.settings['rows']:,} rows of part {scorer.part.name}, "
         f"{result.settings['val_rows']:,} val samples"
     )
 
@@ -256,10 +260,11 @@ def _left_out(result: QueryResult, layers: Contributions | str) -> str:
             "of the stored vectors."
         )
     if result.settings.get("tokens"):
+        unit = result.settings["unit"]
         notes.append(
-            f"Colors: what a token adds to the {result.settings['metric']} of its row, computed again without rounding "
-            "(not in nats); red, what it takes off. A token adds through all the losses behind it, not by the loss of "
-            "predicting it alone."
+            f"Colors: what a token adds to the {result.settings['metric']} of its row, computed again without rounding"
+            f"{'' if unit is None else ', in ' + unit['name']}; red, what it takes off. A token adds through all the "
+            "losses behind it, not by the loss of predicting it alone."
         )
     return " ".join(notes)
 

@@ -33,7 +33,10 @@ class Hit:
     rank: int
     score: float
     nats: float | None = None
-    """``score`` in the ``unit`` of the settings, a change of the val loss; None where it has none."""
+    """The product that ``score`` is, or is blended from, in the ``unit`` of the settings: a change of the val loss.
+    None where it has none."""
+    unit: str | None = None
+    """The name of that unit, for words and tables in Python. Files have it once, in the settings."""
     id: str
     source_row: int
     domain: str | None
@@ -49,37 +52,48 @@ class Hit:
     """The val sample behind the ranking, or of several the one that adds most, with its tokens."""
 
     def cells(self) -> dict[str, Any]:
-        """What a table of a notebook shows of it, by column."""
-        shown = _without_tokens(asdict(self))
-        text = shown.pop("text")
+        """What a table of a notebook shows of it, by column; a product in its unit, where it has one."""
+        shown = _flat(asdict(self))
+        text, nats, product = shown.pop("text"), shown.pop("nats"), "score"
+        if isinstance(self, MixedHit):
+            product = "similarity"
         if not self.window_start:
             del shown["window_start"]
-        if self.nats is None:
-            del shown["nats"]
+        if self.unit is not None:
+            shown = {self.unit if name == product else name: value for name, value in shown.items()}
+            shown[self.unit] = nats
         return {**shown, "text": text}
 
     def __repr__(self) -> str:
         text = "" if self.text is None else f", text={cut(self.text, 60)!r}"
-        value = f"score={self.score:.6g}" if self.nats is None else f"nats={self.nats:.3g}"
-        return f"{type(self).__name__}(rank={self.rank}, {value}, id={self.id!r}{text})"
+        return f"{type(self).__name__}(rank={self.rank}, {self.ranked_by()}, id={self.id!r}{text})"
+
+    def ranked_by(self) -> str:
+        """The number that it is ranked by, named, in nats where it has them."""
+        in_nats = None if isinstance(self, MixedHit) else self.nats
+        return f"score={self.score:.6g}" if in_nats is None else f"{self.unit or 'nats'}={in_nats:.3g}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class BlendedHit(Hit):
-    """One row of a ranking by ``with_scores``: ``score`` is the blend of ``similarity`` and ``value``."""
+class MixedHit(Hit):
+    """One row of a ranking by a ``score`` that ``similarity`` is blended into."""
 
     similarity: float
-    """The cosine or dot product."""
+    """The cosine or dot product; of groups that ``rank-fusion`` combines, what that gives."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class BlendedHit(MixedHit):
+    """One row of a ranking by ``with_scores``: ``score`` is the blend of ``similarity`` and ``value``."""
+
     value: float | None
     """Σ weight·score of the sample in the training run; None where the run has no score of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class HybridHit(Hit):
+class HybridHit(MixedHit):
     """One row of a ranking by ``lexical``: ``score`` is the blend of ``similarity`` and ``bm25``."""
 
-    similarity: float
-    """The cosine or dot product."""
     bm25: float
     """Of the row's text for the texts of the val samples; 0 where they share no word."""
 
@@ -128,9 +142,7 @@ class QueryHits:
     def __repr__(self) -> str:
         best = ""
         if self.hits:
-            first = self.hits[0]
-            value = f"{first.score:.6g}" if first.nats is None else f"nats={first.nats:.3g}"
-            best = f", best {value} {first.id!r}"
+            best = f", best {self.hits[0].ranked_by().removeprefix('score=')} {self.hits[0].id!r}"
         lowest = f", {len(self.bottom)} lowest" if self.bottom else ""
         return f"<ranking {self.query!r}: {len(self.hits)} hits{best}{lowest}>"
 
@@ -203,9 +215,10 @@ class QueryResult:
         """The document that ``ghoststore query --json`` prints; with ``bottom`` only if ``bottom_k`` is not 0."""
         results = [asdict(result) for result in self.results]
         for result in results:
-            if not self.settings.get("tokens"):
-                for hit in (*result["hits"], *result["bottom"]):
-                    _without_tokens(hit)
+            for hit in (*result["hits"], *result["bottom"]):
+                del hit["unit"]
+                if not self.settings.get("tokens"):
+                    _flat(hit)
             if not self.settings.get("bottom_k"):
                 del result["bottom"]
         return {"store": self.store, "settings": self.settings, "results": results}
@@ -216,7 +229,7 @@ class QueryResult:
             for name, hits in (("top", result.hits), ("bottom", result.bottom)):
                 for hit in hits:
                     row = {"query": result.query, "val_row": result.val_row, "list": name, **asdict(hit)}
-                    yield _without_tokens(row)
+                    yield _flat(row)
 
     def write(self, path: str | Path) -> None:
         """Write a new file: the document as ``.json``, or flat rows as ``.jsonl``, ``.csv`` or ``.parquet``.
@@ -228,7 +241,7 @@ class QueryResult:
     @property
     def _columns(self) -> dict[str, type]:
         """Of flat rows."""
-        return {"query": str, "val_row": int, "list": str, **columns_of(self._hit, leave_out=OF_TOKENS)}
+        return {"query": str, "val_row": int, "list": str, **columns_of(self._hit, leave_out=(*OF_TOKENS, "unit"))}
 
     @property
     def _hit(self) -> type[Hit]:
@@ -237,21 +250,18 @@ class QueryResult:
 
 
 def with_nats(hits: Sequence[Sequence[Sequence[Hit]]], unit: Unit | None) -> list[list[list[Hit]]]:
-    """``hits`` of :func:`hits_of` with their ``nats``, where ``unit`` is one and their scores are products."""
-    if unit is None:
-        return [[list(ranking) for ranking in rankings] for rankings in hits]
-    return [
-        [
-            [replace(hit, nats=hit.score * unit.factor) if type(hit) is Hit else hit for hit in ranking]
-            for ranking in rankings
-        ]
-        for rankings in hits
-    ]
+    """``hits`` of :func:`hits_of` with their ``nats``, where products have a ``unit``."""
+
+    def of(hit: Hit) -> Hit:
+        product = hit.similarity if isinstance(hit, MixedHit) else hit.score
+        return hit if unit is None else replace(hit, nats=product * unit.factor, unit=unit.name)
+
+    return [[[of(hit) for hit in ranking] for ranking in rankings] for rankings in hits]
 
 
-def _without_tokens(row: dict[str, Any]) -> dict[str, Any]:
-    """``row`` of a hit without what lies behind its score, which no flat table holds."""
-    for name in OF_TOKENS:
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """``row`` of a hit without what lies behind its score, which no flat table holds, and without its unit."""
+    for name in (*OF_TOKENS, "unit"):
         row.pop(name, None)
     return row
 

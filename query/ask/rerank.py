@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
+from ghoststore.store import Part
 from query.ann.index import AnnIndex
 from query.ask.blend import rankings_of
 from query.ask.question import Question
@@ -48,11 +49,26 @@ def refuse_rerank(question: Question, how: Reranking, top_k: int, bottom_k: int)
     }
     for option, is_given in unfit.items():
         if is_given:
-            raise UsageError(f"`rerank` scores rows by one product with each query; it cannot be used with {option}")
+            raise UsageError(
+                f"`rerank` scores rows by one product with each query; it cannot be used with {option}: leave one of "
+                "the two out"
+            )
 
 
-def refuse_cosine(how: Reranking, metric: Metric) -> None:
-    """UsageError for a second stage that gives no ``metric``, which is the question's or the part's own."""
+def refuse_part(how: Reranking, part: Part, metric: Metric) -> None:
+    """UsageError for a second stage that ``part``, or its model, does not fit, or that gives no ``metric``, which is
+    the question's or the part's own.
+    """
+    if how.rerank_with == "ekfac" and part.manifest["projection"]["precondition"] == "none":
+        raise UsageError(
+            f"`rerank_with=ekfac` measures the eigenvalues of K-FAC's factors, and part {part.name!r} has none: give "
+            "`rerank_with=exact`, or query a part that was built with `precondition=kronecker`"
+        )
+    if how.rerank_with == "cg" and part.manifest["dtype"]["model"] == "float16":
+        raise UsageError(
+            f"`rerank_with=cg` needs a model of float32 or bfloat16, and that of part {part.name!r} is float16: give "
+            "`rerank_with=exact`"
+        )
     if how.rerank_with == "cg" and metric == "cosine":
         raise UsageError(
             "`rerank_with=cg` gives no `metric=cosine`: the length of a row under the inverse of the Gauss-Newton "

@@ -71,10 +71,10 @@ class Reranking(RerankOptions):
         """Whether scores are in the metric of the part, and not in one that is measured anew."""
         return self.rerank is None or self.rerank_with not in ("ekfac", "cg")
 
-    @property
-    def samples(self) -> int:
-        """Rows of the corpus to learn from."""
-        return SAMPLES[self.rerank_with] if self.rerank_samples is None else self.rerank_samples
+    def samples(self, part: Part) -> int:
+        """Rows of the corpus to learn from: no more than there are."""
+        wanted = SAMPLES[self.rerank_with] if self.rerank_samples is None else self.rerank_samples
+        return min(wanted, int(part.usable().sum()))
 
     @property
     def steps(self) -> int:
@@ -93,7 +93,7 @@ class Reranking(RerankOptions):
             return {"rerank": None}
         settings: dict[str, Any] = {"rerank": self.rerank, "rerank_with": self.rerank_with}
         if self.rerank_with in ("ekfac", "cg"):
-            settings |= {"rerank_samples": self.samples, "rerank_damping": self.damping(part)}
+            settings |= {"rerank_samples": self.samples(part), "rerank_damping": self.damping(part)}
         return settings | ({"cg_steps": self.steps} if self.rerank_with == "cg" else {})
 
 
@@ -103,8 +103,7 @@ def exact_scores(
     """(Q, U) float64: the exact scores of the rows ``candidates`` in every ranking of ``scorer``.
 
     ``scorer`` must keep its model and val sets. A score is NaN where the gradient of the row is not finite. A note to
-    ``progress`` says what it will cost. UsageError where the part, or its model, does not fit ``how``; also what
-    :meth:`PartEncoder.source_rows` raises.
+    ``progress`` says what it will cost. Raises what :meth:`PartEncoder.source_rows` raises.
     """
     stage = _Stage.of(scorer, how, progress)
     vals, weights_QV = _val_rows(scorer)
@@ -142,23 +141,7 @@ class _Stage:
         manifest = encoder.part.manifest
         layers = LayerGradients(encoder.model, blocks, reduction=manifest["loss"]["reduction"])
         passes = Passes(layers, int(manifest["batching"]["batch_tokens"]), bool(manifest["batching"]["padding"]))
-        stage = cls(scorer=scorer, encoder=encoder, how=how, layers=layers, passes=passes, progress=progress)
-        stage._refuse()
-        return stage
-
-    def _refuse(self) -> None:
-        part, way = self.encoder.part, self.how.rerank_with
-        calibration = self.encoder.plan.calibration
-        if way == "ekfac" and (calibration is None or calibration.preconditioner is None):
-            raise UsageError(
-                f"`rerank_with=ekfac` measures the eigenvalues of K-FAC's factors, and part {part.name!r} has none: "
-                "give `rerank_with=exact`, or query a part that was built with `precondition=kronecker`"
-            )
-        if way == "cg" and part.manifest["dtype"]["model"] == "float16":
-            raise UsageError(
-                f"`rerank_with=cg` needs a model of float32 or bfloat16, and that of part {part.name!r} is float16: "
-                "give `rerank_with=exact`"
-            )
+        return cls(scorer=scorer, encoder=encoder, how=how, layers=layers, passes=passes, progress=progress)
 
     @property
     def blocks(self) -> list[Block]:
@@ -240,7 +223,7 @@ class _Stage:
         """Usable rows of the part, evenly spaced."""
         part = self.encoder.part
         usable = part.row_numbers[part.usable()]
-        count = min(self.how.samples, len(usable))
+        count = self.how.samples(part)
         return self.encoder.source_rows(usable[np.arange(count) * len(usable) // count])
 
     def note_cost(self, weights_QV: Tensor, candidates: NDArray[np.int64]) -> None:
@@ -248,19 +231,20 @@ class _Stage:
         queries, vals = weights_QV.shape
         rounds = -(-queries // self.queries_at_once)
         tokens = int(np.asarray(self.encoder.part.read_rows("n_tokens", candidates), dtype=np.int64).sum())
-        rows = f"{len(candidates):,} rows of the corpus ({tokens:,} tokens)"
+        rows = f"{len(candidates):,} row{'s' * (len(candidates) != 1)} of the corpus ({tokens:,} tokens)"
         if rounds > 1:
             rows += f", these {rounds} times, for {self.queries_at_once} of {queries} queries each"
         val_rows = f"{vals:,} val row" + "s" * (vals != 1)
         note = f"second stage: forward and backward passes of {val_rows} and {rows}"
         if self.how.rerank_with == "ekfac":
-            note += f"; before it of {rounds * self.how.samples:,} rows, for the eigenvalues"
+            note += f"; before it of {rounds * self.how.samples(self.encoder.part):,} rows, for the eigenvalues"
         if self.how.rerank_with == "cg":
-            products = rounds + self.how.steps * queries
+            steps, samples = self.how.steps, self.how.samples(self.encoder.part)
+            products = rounds + steps * queries
             note += (
-                f"; before it {self.how.steps} steps of conjugate gradients for {queries:,} "
-                f"quer{'y' if queries == 1 else 'ies'} on {self.how.samples:,} rows, about as much as passes of "
-                f"{2 * products * self.how.samples:,} rows"
+                f"; before it {steps} step{'s' * (steps != 1)} of conjugate gradients for {queries:,} "
+                f"quer{'y' if queries == 1 else 'ies'} on {samples:,} rows, about as much as passes of "
+                f"{2 * products * samples:,} rows"
             )
         self.progress.note(note)
 

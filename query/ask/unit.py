@@ -87,24 +87,45 @@ class Unit:
 
 
 def unit_of(question: Question, parts: Sequence[Part], *, rounded: bool = True) -> Unit | None:
-    """The unit of the scores that answer ``question``; None where they have none: by cosine, over several parts, with
-    a second preconditioner, and where ranks or other values are mixed in.
+    """The unit of the products that answer ``question``: of its scores, or of what these are blended from. None where
+    they have none: by cosine, over several parts, with a second preconditioner, and by ``rank-fusion``.
     """
     products = metric_for(question.metric, parts) == "dot" and len(parts) == 1 and question.precondition == "none"
-    mixed = question.with_scores is not None or question.lexical is not None
-    if not products or mixed or question.combine == "rank-fusion":
-        return None
-    return Unit.of(parts[0], rounded=rounded)
+    return Unit.of(parts[0], rounded=rounded) if products and question.combine != "rank-fusion" else None
 
 
-def unit_words(unit: Mapping[str, Any]) -> str:
-    """What the sign and the scale of :meth:`Unit.to_json` mean, in a sentence."""
+def unit_words(settings: Mapping[str, Any]) -> str:
+    """What the sign and the scale of numbers in the ``unit`` of a result's ``settings`` mean, in a sentence."""
+    unit = settings["unit"]
+    loss = "the val loss" if settings.get("minus") is None else "the val loss less that of the second val set"
+    some = settings["layers"] or settings["exclude_layers"]
+    of_layers = " Here it is the share of the layers asked for." if some else ""
     if "step" in unit:
         return (
-            f"{OF_A_STEP}: by how much a small step of {unit['step']} on the row alone lowers the val loss (below 0: "
-            "raises it), divided by its learning rate."
+            f"{OF_A_STEP}: by how much a small step of {unit['step']} on the row alone lowers {loss} (below 0: "
+            f"raises it), divided by its learning rate.{of_layers}"
         )
     return (
-        f"{NATS}: by how much the val loss is predicted to rise if the row were left out of a training on these "
-        f"{unit['rows']:,} rows, or to fall if it were seen once more; below 0 it is the other way round."
+        f"{NATS}: by how much {loss} is predicted to rise if the row were left out of a training on these "
+        f"{unit['rows']:,} rows, or to fall if it were seen once more; below 0 it is the other way round.{of_layers}"
     )
+
+
+def metric_words(settings: Mapping[str, Any]) -> str:
+    """What the scores of a result with these ``settings`` are products or cosines of."""
+    metric, of_part = settings["metric"], settings.get("part_metric")
+    words = f"{metric} of plain gradients" if of_part is None else f"{metric}, {of_part}"
+    if settings["precondition"] == "second-moment":
+        words += f"; with the second moment of the part's rows, damping {settings['damping']:g}"
+    way = settings.get("rerank_with")
+    if way == "ekfac":
+        words += f", their eigenvalues measured on {settings['rerank_samples']:,} rows"
+    if way == "cg":
+        steps = settings["cg_steps"]
+        words = (
+            f"{metric}, preconditioned by the Gauss-Newton matrix of {settings['rerank_samples']:,} rows "
+            f"({steps:,} step{'s' * (steps != 1)} of conjugate gradients)"
+        )
+    if len(parts := settings.get("parts", ())) > 1:
+        words += f"; summed over {len(parts)} parts, each times its weight"
+    return words

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -104,9 +106,10 @@ def _train(plan: Plan, names: Sequence[str], workers: int) -> Iterator[tuple[str
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(plan.job, threads)
     ) as pool:
-        futures: dict[Future[NDArray[np.float64]], str] = {
-            pool.submit(_train_in_worker, plan.kept[name]): name for name in names
-        }
+        with _without_script():
+            futures: dict[Future[NDArray[np.float64]], str] = {
+                pool.submit(_train_in_worker, plan.kept[name]): name for name in names
+            }
         try:
             while futures:
                 done, _ = wait(futures, return_when=FIRST_COMPLETED)
@@ -118,6 +121,19 @@ def _train(plan: Plan, names: Sequence[str], workers: int) -> Iterator[tuple[str
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _without_script() -> Iterator[None]:
+    """Processes that start meanwhile do not run the user's script first. They need nothing from it, and one that is
+    not guarded by ``if __name__ == "__main__"`` would evaluate, and start processes, in each of them.
+    """
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 _retrainer: Retrainer | None = None

@@ -32,6 +32,8 @@ Pairs = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
 
 PAIR_BYTES = 1 << 19
 """Bytes of the float64 rows of pairs that are scored at once, in the processor's cache."""
+ALL_BYTES = 1 << 22
+"""Bytes of the float64 rows that all queries are multiplied with: every query is read from memory once for so many."""
 SAFE = 2.0**90
 """Largest length and factor of a row whose products certainly stay in the range of float32; its inverse is
 the least.
@@ -318,10 +320,15 @@ class _PieceScores:
         """(Q, R) scores, summed in the order that :meth:`exact` sums in, so that equal rows have equal scores."""
         scores = np.zeros((self.queries, piece.stop - piece.start))
         for unit_QD, rows, factor_R in zip(self._unit_QD, piece.rows, piece.factors, strict=True):
-            for batch in _batches(len(rows), unit_QD.shape[1]):
+            step = max(1, ALL_BYTES // (8 * unit_QD.shape[1]))
+            spare_RD = unit_QD.new_empty(min(step, len(rows)), unit_QD.shape[1])
+            for first in range(0, len(rows), step):
+                batch = slice(first, first + step)
                 wide_RD = rows.decoded(batch).double()
+                products_RD = spare_RD[: len(wide_RD)]
                 for query, unit_D in enumerate(unit_QD):
-                    scores[query, batch] += (_sums(wide_RD * unit_D) * factor_R[batch]).cpu().numpy()
+                    torch.mul(wide_RD, unit_D, out=products_RD)
+                    scores[query, batch] += (_sums(products_RD) * factor_R[batch]).cpu().numpy()
         return scores
 
 

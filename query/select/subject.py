@@ -30,7 +30,8 @@ class OfParts:
         wanted = self.question
         self._parts, self._weights = open_parts(wanted.store, wanted.part, wanted.part_weights, progress)
         self.source = self._parts[0]
-        self.unit = unit_of(wanted, self._parts)
+        mixed = wanted.with_scores is not None or wanted.lexical is not None
+        self.unit = None if mixed else unit_of(wanted, self._parts)
         self.scorer: Scorer | None = None
         """Once the val set is read."""
 

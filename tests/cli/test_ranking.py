@@ -138,7 +138,7 @@ def test_a_query_says_the_metric_of_the_part(lab: Lab, built: Path, tmp_path: Pa
     assert shown.out.splitlines().count(f"metric: dot, {words}") == 2
     settings = lab.run(*options, "--json", "--report", page).json["settings"]
     assert (settings["part_metric"], settings["precondition"]) == (words, "none")
-    assert f"Dot of gradients {words};" in page.read_text()
+    assert f"Dot, {words};" in page.read_text()
 
 
 @pytest.mark.slow

@@ -61,6 +61,17 @@ def test_no_number_is_folded(width: int, monkeypatch: pytest.MonkeyPatch, capsys
     assert len([line for line in lines if all(number in line for number in cells[2:])]) == (2 if width >= 80 else 0)
 
 
+def test_padding_gives_way_before_cells_are_folded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "stdout_console", lambda: Console(width=80, force_terminal=False))
+    row = ["preconditioned-cosine+bm25", "-0.594 (-0.750 to +0.000)", "-1.000 (-1.000 to +0.000)"]
+    terminal.print_table("LDS", [("score", False), ("each of 16 val samples", True), ("1 val group", True)], [row])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(cell in lines[-1] for cell in row)
+    assert max(map(cell_len, lines)) <= 80
+
+
 @given(TEXTS)
 def test_json_is_exact(text: str) -> None:
     value = {text: [text, 1, None]}
@@ -131,6 +142,17 @@ def test_how_much_is_done_is_never_cut(width: int) -> None:
     assert cell_len(last.rstrip()) <= width
     assert ("scoring 12% of the time" in last) == (width >= 80)
     assert ("━" in last) == (width >= 132)
+
+
+@pytest.mark.parametrize("width", [20, 80])
+def test_sentences_are_folded_on_terminals_alone(width: int) -> None:
+    text = f"nats: {'by how much ' * 12}{'這是' * 5} /a/path/{'x' * 90} end\n  kept  as it is\n\n"
+    shown = terminal.folded(text, Console(width=width, force_terminal=True))
+    lines = shown.split("\n")
+    assert [line for line in lines if cell_len(line) > width] == [f"/a/path/{'x' * 90}"]
+    assert "  kept  as it is" in lines
+    assert shown.split() == text.split()
+    assert terminal.folded(text, Console(width=width, force_terminal=False)) == text
 
 
 def test_watch_and_a_plot_of_strange_domains(tmp_path: Path) -> None:

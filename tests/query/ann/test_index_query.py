@@ -87,8 +87,9 @@ def test_the_rows_of_exact_search(store: Path, settings: dict[str, Any]) -> None
     ],
 )
 def test_refused(store: Path, settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    """Before a model is looked for."""
     with pytest.raises(error, match=message):
-        ask(store, "ann", **settings)
+        ask(store, "ann", checkpoint="nowhere", **settings)
 
 
 def test_unknown_words(store: Path) -> None:
@@ -104,7 +105,9 @@ def test_more_rows_than_there_are(store: Path) -> None:
     assert len(found.results[0].hits) == ROWS
 
 
-def test_as_many_rows_as_are_asked_for(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_as_many_rows_as_are_asked_for(
+    lab: Lab, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The lists that the index looks at hold fewer; what is said of its recall is for so many rows, too."""
     shutil.copy(store.parent / "val.jsonl", tmp_path)
     store = Path(shutil.copytree(store, tmp_path / "store"))
@@ -119,6 +122,10 @@ def test_as_many_rows_as_are_asked_for(store: Path, tmp_path: Path, capsys: pyte
         assert f"its recall@{at} when it was built: {recall:.3f} for rows" in shown
         assert ("of so many it was not measured" in shown) == (rows > 100)
         assert "asked for" not in shown
+        assert "without" not in shown
+    far = lab.write(tmp_path / "far.jsonl", lab.sample_rows(2, 9))
+    print_hits(ask(store, "ann", part="two", top_k=2, where="n_tokens > 1", minus=far))
+    assert "for means, without --minus and --where." in capsys.readouterr().out
 
 
 def test_stale(lab: Lab, store: Path, tmp_path: Path) -> None:

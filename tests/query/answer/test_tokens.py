@@ -209,8 +209,9 @@ def test_refused(folder: Path) -> None:
         ghoststore.query(store=folder / "store", run="r", tokens=True)
     gone = (folder / "train.jsonl").rename(folder / "gone.jsonl")
     try:
-        with pytest.raises(UsageError, match="does not exist"):
-            ask(folder)
+        for options in ({"tokens": True}, {"tokens": False, "rerank": 20}):
+            with pytest.raises(UsageError, match=r"train\.jsonl.* does not exist"):
+                ask(folder, checkpoint="nowhere", **options)  # before a model is looked for
         assert ask(folder, data=gone).results[0].hits[0].tokens
     finally:
         gone.rename(folder / "train.jsonl")

@@ -15,6 +15,7 @@ from ghoststore.corpus import Fields, open_corpus
 from ghoststore.errors import UsageError
 from ghoststore.store import Store
 from query.ask.encoder import PartEncoder
+from query.ask.unit import metric_words
 from query.exact.products import exact_products
 from query.fidelity.fidelity import exact_gradients, pieces_of
 from tests.support.notes import Notes
@@ -162,11 +163,22 @@ def test_conjugate_gradients_begin_in_the_metric(folder: Path) -> None:
     assert third.settings["unit"] is None
     assert third.settings["rerank_damping"] > 0
     assert any("3 steps of conjugate gradients for 4 queries on 6 rows" in note for note in notes.said)
+    assert any("before it 1 step of conjugate" in note for note in notes.said)
+    words = "preconditioned by the Gauss-Newton matrix of 6 rows (3 steps of conjugate gradients)"
+    assert metric_words(third.settings) == f"dot, {words}"
     for ranking, same, other in zip(exact.results, first.results, third.results, strict=True):
         scores, begun, moved = (by_row(result.hits) for result in (ranking, same, other))
         a, b, c = (np.array([of[row] for row in scores]) for of in (scores, begun, moved))
         np.testing.assert_allclose(b / np.linalg.norm(b), a / np.linalg.norm(a), atol=1e-4)
         assert np.abs(c / np.linalg.norm(c) - a / np.linalg.norm(a)).max() > 1e-3
+
+
+def test_no_more_rows_than_there_are(folder: Path) -> None:
+    notes = Notes()
+    ways = {"top_k": 1, "bottom_k": 1, "rerank": 2, "rerank_with": "cg", "cg_steps": 1, "rerank_samples": 10_000}
+    answer = ask(folder, progress=notes, **ways)
+    assert answer.settings["rerank_samples"] == ROWS - 1
+    assert any(f"for 1 query on {ROWS - 1} rows, about" in note for note in notes.said)
 
 
 @pytest.mark.slow
@@ -198,5 +210,6 @@ def test_measured_eigenvalues(folder: Path) -> None:
     ],
 )
 def test_refused(folder: Path, part: str, settings: dict[str, Any], message: str) -> None:
+    """Before a model is looked for."""
     with pytest.raises(UsageError, match=message):
-        ask(folder, part, **settings)
+        ask(folder, part, checkpoint="nowhere", **settings)

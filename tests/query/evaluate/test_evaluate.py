@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -252,7 +255,15 @@ def test_nothing_is_trained_twice(folder: Path, done: Path, tmp_path: Path, monk
 
 @pytest.mark.slow
 def test_workers_find_the_same(folder: Path, done: Path, tmp_path: Path) -> None:
-    evaluate(folder, tmp_path / "out", methods=["random"], workers=2)
+    """Of a script that does not guard itself against being imported by them."""
+    options = {"store": folder / "store", "val_set": folder / "val.jsonl", "out": tmp_path / "out"}
+    given = ", ".join(f"{name}={str(value)!r}" for name, value in options.items())
+    given += ", part='one', halves=4, max_steps=3, batch_size=4, device='cpu', methods=['random'], workers=2"
+    script = tmp_path / "script.py"
+    script.write_text(f"print('begun')\nimport ghoststore\nghoststore.evaluate({given})\n")
+    environment = {**os.environ, "PYTHONPATH": str(Path(ghoststore.__file__).parents[1])}
+    shown = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True)
+    assert shown.stdout.split() == ["begun"]
     for path in sorted((done / "trainings").iterdir()):
         mine, theirs = (json.loads((at / "trainings" / path.name).read_text()) for at in (tmp_path / "out", done))
         assert mine["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-5)

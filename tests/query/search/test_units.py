@@ -56,6 +56,15 @@ def test_threads_change_no_bit(tmp_path: Path) -> None:
         np.testing.assert_array_equal(scores, scores_N[rows])
 
 
+def test_rows_multiplied_at_once_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries = torch.randn(3, DIMENSION, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    terms = [Term.of(part, queries, metric="dot") for part in two_parts(tmp_path)]
+    whole_QN = similarities(terms)
+    for rows in (1, 7, 16):
+        monkeypatch.setattr("query.search.search.ALL_BYTES", 8 * DIMENSION * rows)
+        np.testing.assert_array_equal(similarities(terms), whole_QN)
+
+
 def test_few_results_wait() -> None:
     taken: list[int] = []
 

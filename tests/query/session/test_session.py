@@ -107,6 +107,13 @@ def test_answers_are_those_of_query(store: Path, session: ghoststore.Session, na
     )
 
 
+def test_a_pattern_alone_is_a_list_of_one(session: ghoststore.Session) -> None:
+    one, several = (session.query(rows(4), metric="dot", layers=layers) for layers in ("attn", ["attn"]))
+    assert one.to_json() == several.to_json()
+    with pytest.raises(UsageError, match="layer pattern 'nope' matches no layer"):
+        session.query(rows(4), exclude_layers="nope")
+
+
 def test_a_loaded_model_answers_as_its_folder(lab: Lab, store: Path, model: Any, tokenizer: Any) -> None:
     """Its part was built from the folder."""
     there = ghoststore.query(store=store, val_set=rows(4), checkpoint=lab.checkpoint).to_json()
