@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
 from ghoststore.errors import LayerError, UsageError
@@ -178,3 +180,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if inner is model:
             return inner
         model = inner
+
+
+def unwrapped_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
+    """The optimizer inside accelerate's wrapper, whose hooks fire for the steps that are made; None for None."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(
+            f"`optimizer` is torch's (torch.optim.Optimizer), or wraps one; found {type(optimizer).__name__}"
+        )
+    return optimizer

@@ -1,0 +1,96 @@
+"""GhostStoreCallback in TRL's SFTTrainer: weights as without it, scores as batch-of-one autograd says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import GraniteConfig, GraniteForCausalLM, LlamaForCausalLM
+
+from ghoststore import GhostStoreCallback
+from tests.support.loops import VAL, VAL_BATCH, close_to, identical, roughly, run_of, steps_of, weights_of
+from tests.support.models import VOCABULARY, gpt2, llama, settle
+from tests.support.scoring import exact_causal
+from tests.support.trainers import Watcher, hooks_of
+
+pytest.importorskip("trl", reason="TRL is not installed: pip install '.[trl]'")
+
+from tests.support.sft import chats, completions, samples_of, texts, trainer_of
+
+
+def still_gpt2() -> Any:
+    """A tied head, and no dropout, under which no sample has one gradient."""
+    return gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+
+
+def granite() -> Any:
+    """Logits that are divided after the head."""
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return settle(GraniteForCausalLM(GraniteConfig(vocab_size=VOCABULARY, logits_scaling=4.0, **sizes)))
+
+
+class Capped(LlamaForCausalLM):
+    """Logits that are scaled and capped, as those of Cohere and of Gemma 2."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = 3.0 * torch.tanh(output.logits * 0.5 / 3.0)
+        return output
+
+
+def capped() -> Any:
+    config = llama().config
+    config.final_logit_softcapping, config.logit_scale = 3.0, 0.5
+    return settle(Capped(config))
+
+
+FORMS: dict[str, tuple[Callable[..., Any], Callable[..., Dataset], dict[str, Any]]] = {
+    "as it is": (llama, texts, {}),
+    "tied": (still_gpt2, texts, {"gradient_checkpointing": False}),
+    "accumulation": (llama, texts, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 3}),
+    "bf16": (llama, texts, {"bf16": True}),
+    "padding-free": (llama, texts, {"padding_free": True, "max_length": None}),
+    "padded padding-free": (still_gpt2, texts, {"padding_free": True, "max_length": None, "pad_to_multiple_of": 8}),
+    "packing": (llama, texts, {"packing": True, "gradient_accumulation_steps": 2}),
+    "packing, tied, bf16": (still_gpt2, texts, {"packing": True, "bf16": True}),
+    "packing, split": (llama, texts, {"packing": True, "packing_strategy": "bfd_split", "max_length": 8}),
+    "packing, wrapped": (llama, texts, {"packing": True, "packing_strategy": "wrapped"}),
+    "completions": (llama, completions, {}),
+    "completions, packing": (llama, completions, {"packing": True}),
+    "answers": (llama, chats, {"assistant_only_loss": True}),
+    "answers, padding-free": (llama, chats, {"assistant_only_loss": True, "padding_free": True, "max_length": None}),
+    "scaled logits": (granite, texts, {}),
+    "scaled and capped logits": (capped, texts, {}),
+}
+
+
+@pytest.mark.thin(6)
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_stay_and_scores_are_exact(form: str, tmp_path: Path) -> None:
+    fresh, rows, settings = FORMS[form]
+    plain = trainer_of(tmp_path, fresh(), rows(), [], **settings)
+    plain.train()
+    watcher, callback = Watcher(), GhostStoreCallback(store=tmp_path / "store", val_data=VAL_BATCH)
+    trainer = trainer_of(tmp_path, fresh(), rows(), [watcher, callback], **settings)
+    trainer.train()
+    assert identical(weights_of(trainer.model), weights_of(plain.model))
+    assert not hooks_of(trainer.model)
+    samples, seen = samples_of(trainer.train_dataset), set()
+    for step, places, scores in steps_of(run_of(tmp_path / "store", "trainer")):
+        twin = fresh()
+        twin.load_state_dict(watcher.weights[step])
+        lacking = np.array([not (samples[place][1][1:] != -100).any() for place in places])
+        assert np.isnan(scores[lacking]).all()
+        places, scores = places[~lacking], scores[~lacking]
+        expected = exact_causal(twin, [samples[place] for place in places], VAL).total().mean(1)
+        if "bf16" in form:
+            roughly(scores, expected, 0.05)
+        else:
+            close_to(scores, expected, 2e-5)
+        seen.update(places.tolist())
+    assert len(seen) >= 4
