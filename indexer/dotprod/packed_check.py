@@ -166,8 +166,8 @@ def _refuse(model: nn.Module, names: list[str], what: str) -> None:
         raise UsageError(
             f"{type(model).__name__} does not keep the samples of a packed row apart: with {what}, "
             f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''} of a sample changes. Then no sample has a "
-            "gradient of its own. Train without packing (SFTConfig: packing=False, padding_free=False; "
-            "transformers: DataCollatorForLanguageModeling or another collator that pads), or load the model with an "
-            "attention that knows packed rows (attn_implementation='sdpa' or 'eager', on a GPU also "
-            "'flash_attention_2')"
+            "gradient of its own. Transformers' models keep them apart where they run without a cache (use_cache=False "
+            "in the call, or model.config.use_cache = False) and without `attention_mask`, with attn_implementation "
+            "'sdpa' or 'eager' (on a GPU also 'flash_attention_2'). Or train without packing (SFTConfig: "
+            "packing=False, padding_free=False; transformers: a collator that pads)"
         )
