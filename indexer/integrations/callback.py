@@ -42,15 +42,16 @@ PENDING = "ghoststore_pending.safetensors"
 
 
 class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """``Trainer(…, callbacks=[GhostStoreCallback(store="./store", val_data=batches, samples=len(dataset))])``.
+    """``Trainer(…, callbacks=[GhostStoreCallback(store="./store", val_data=batches)])``, also of TRL's ``SFTTrainer``.
 
-    Every training batch must say which samples it holds: give the dataset an integer column ``sample`` with each
-    sample's place (``dataset.add_column("sample", range(len(dataset)))``), keep it
-    (``TrainingArguments(remove_unused_columns=False)``), and use a collator that passes it on, as transformers' own
-    do. The callback takes it out again before the model sees it, in evaluation, too.
+    A sample's place is that of its row in the Trainer's ``train_dataset``, or what the integer column ``sample`` of
+    that dataset says; the callback puts the places into the batches, and takes them out before the model sees them, in
+    evaluation, too. Of packed rows each sample has a score: its place is counted over all rows, unless the column
+    has its number once for each token. The batches of a stream must bring the column themselves.
 
     ``val_data`` is a batch or a list of batches (mappings with input_ids, labels, maybe attention_mask);
-    ``samples`` the ids of the training samples, or how many there are, ``domains`` the domain of each;
+    ``samples`` the ids of the training samples, or how many there are (default: those of the dataset, called by their
+    places, ``row:place`` in packed rows), ``domains`` the domain of each;
     ``sample_field`` the name of the column, ``dot_prod_save_interval`` the steps that are committed together. The other
     parameters are those of :class:`GradDotProdEngine` and of ``ghoststore train``; ``projection`` makes the scores
     sketched and keeps each sample's projected gradient. ``keep_gradients`` keeps those of every so many steps alone, as
@@ -61,8 +62,9 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     The run is called ``name``. Training that resumes from a checkpoint goes on with it; for a checkpoint outside
     ``args.output_dir``, give ``resume_from_checkpoint`` here as well. The training step stays what it is, bit for bit.
 
-    The loss must be the one that the model itself returns, the mean over next-token targets. UsageError for batches
-    without ``sample``, another loss, and settings of the Trainer that hide the model's layers; what the engine raises.
+    The loss must be the one that the model itself returns, the mean over next-token targets, or TRL's, which is made of
+    the log-probabilities that its models return. UsageError for rows whose samples are not known, another loss, and
+    settings of the Trainer that hide the model's layers; what the engine raises.
     After an error in training the Trainer calls no event: call :meth:`close`.
     """
 
@@ -165,7 +167,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             )
         refuse_arguments(args, state)
         trainer = trainer_of_event()
-        refuse_trainer(trainer, args)
+        refuse_trainer(trainer, args, choosing=self._choosing is not None)
         numbering = self._number(trainer, args)
         model = kwargs["model"]
         self._optimizer, self._fp16 = kwargs["optimizer"], bool(args.fp16)

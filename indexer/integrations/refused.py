@@ -35,8 +35,10 @@ def refuse_arguments(args: TrainingArguments, state: TrainerState) -> None:
         raise UsageError("a hyperparameter search is many trainings, and a run is one: score the one that you choose")
 
 
-def refuse_trainer(trainer: Any, args: TrainingArguments) -> None:
-    """UsageError for a trainer of TRL that trains on another loss than that of next tokens."""
+def refuse_trainer(trainer: Any, args: TrainingArguments, *, choosing: bool) -> None:
+    """UsageError for a trainer of TRL that trains on another loss than that of next tokens, or on all of a batch where
+    samples are chosen.
+    """
     kinds = {kind.__name__ for kind in type(trainer).__mro__ if kind.__module__.partition(".")[0] == "trl"}
     if not kinds:
         return
@@ -45,6 +47,11 @@ def refuse_trainer(trainer: Any, args: TrainingArguments) -> None:
         raise UsageError(
             f"{name} cannot be scored by GhostStoreCallback: its loss is none of next tokens, one for each sample (it "
             f"is of pairs, rewards or a teacher). SFTTrainer can; or {OWN_LOOP}"
+        )
+    if choosing:
+        raise UsageError(
+            f"`choosing` cannot be used with {name}: it divides the loss of the chosen samples by the targets of all. "
+            "Choose with transformers' Trainer (its model divides by those of the chosen), or with `ghoststore train`"
         )
     loss_type = getattr(args, "loss_type", "nll")
     if loss_type != "nll":

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import DataCollatorForSeq2Seq, MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
-from ghoststore import GhostStoreCallback, GradDotProdEngine
+from ghoststore import Choosing, GhostStoreCallback, GradDotProdEngine
 from ghoststore.errors import UsageError
 from tests.support.loops import VAL, VAL_BATCH, close_to, identical, run_of, steps_of, weights_of
 from tests.support.models import llama
@@ -248,6 +248,18 @@ def test_another_loss_of_the_log_probabilities(kind: Any, message: str, tmp_path
         model=llama(), args=config(tmp_path), train_dataset=texts(), processing_class=tokenizer(), callbacks=[callback]
     )
     refused(trainer, callback, message)
+
+
+def test_choosing(tmp_path: Path) -> None:
+    """transformers' Trainer, which the error names, chooses from the same rows."""
+    callback = callback_in(tmp_path, choosing=Choosing(keep=2))
+    refused(trainer_of(tmp_path, llama(), texts(), [callback]), callback, "Choose with transformers' Trainer")
+    rows = trainer_of(tmp_path, llama(), texts(), []).train_dataset
+    callback = callback_in(tmp_path, choosing=Choosing(keep=2))
+    arguments = TrainingArguments(output_dir=str(tmp_path / "out"), max_steps=2, use_cpu=True, report_to=[])
+    collate = DataCollatorForSeq2Seq(tokenizer())
+    Trainer(model=llama(), args=arguments, train_dataset=rows, data_collator=collate, callbacks=[callback]).train()
+    assert run_of(tmp_path / "store", "trainer").complete
 
 
 # Numbers of samples.

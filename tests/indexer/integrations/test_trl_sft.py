@@ -12,9 +12,9 @@ import torch
 from datasets import Dataset
 from transformers import GraniteConfig, GraniteForCausalLM, LlamaForCausalLM
 
-from ghoststore import GhostStoreCallback
+from ghoststore import GhostStoreCallback, GradDotProdEngine, ProjectionConfig
 from tests.support.loops import VAL, VAL_BATCH, close_to, identical, roughly, run_of, steps_of, weights_of
-from tests.support.models import VOCABULARY, gpt2, llama, settle
+from tests.support.models import VOCABULARY, gpt2, llama, pad, settle
 from tests.support.scoring import exact_causal
 from tests.support.trainers import Watcher, hooks_of
 
@@ -94,3 +94,29 @@ def test_weights_stay_and_scores_are_exact(form: str, tmp_path: Path) -> None:
             close_to(scores, expected, 2e-5)
         seen.update(places.tolist())
     assert len(seen) >= 4
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("fresh", [llama, still_gpt2])
+def test_vectors_that_are_kept(fresh: Callable[[], Any], packing: bool, tmp_path: Path) -> None:
+    """Sketched scores, and the vectors that are kept, are those of a plain loop over padded rows."""
+    projection = ProjectionConfig(layers=("mlp", "attn", "lm_head"), rank_total=16, compress=None)
+    watcher = Watcher()
+    callback = GhostStoreCallback(store=tmp_path / "store", val_data=VAL_BATCH, projection=projection)
+    trainer = trainer_of(tmp_path, fresh(), texts(), [watcher, callback], packing=packing)
+    trainer.train()
+    run, samples = run_of(tmp_path / "store", "trainer"), samples_of(trainer.train_dataset)
+    vectors = run.read_committed("vector")[:, 0]
+    for step, places, scores in steps_of(run):
+        twin = fresh()
+        twin.load_state_dict(watcher.weights[step])
+        ids, labels, mask = pad([samples[place] for place in places])
+        with GradDotProdEngine(twin, VAL_BATCH, projection=projection) as engine:
+            engine.prepare(len(ids))
+            loss = twin(input_ids=ids, labels=labels, attention_mask=mask).loss
+            engine.watch(loss, labels=labels)
+            loss.backward()
+            expected = engine.collect()
+        close_to(scores, expected.total, 2e-5)
+        found = torch.from_numpy(vectors[step, : len(places)])
+        torch.testing.assert_close(found, expected.vectors, rtol=1e-4, atol=1e-4 * float(expected.vectors.abs().max()))
