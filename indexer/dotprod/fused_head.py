@@ -72,6 +72,8 @@ class FusedHead:
         self._backbone = backbone
         self._open: OpenBatch | None = None
         self._hidden: Tensor | None = None
+        self._handle: RemovableHandle | None = None
+        """Of the hook that keeps it, during a forward pass."""
         self._dtype = torch.float32
         """In which the head computes: autocast may be open inside the model's forward pass alone."""
 
@@ -83,9 +85,8 @@ class FusedHead:
         """Put hooks on the model, and return them; none where no head is scored."""
         if self._name is None:
             return []
-        assert self._backbone is not None
         return [
-            outside_graphs(self._backbone.register_forward_hook(self._keep)),
+            outside_graphs(self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True)),
             outside_graphs(self._model.register_forward_hook(self._after_forward, with_kwargs=True)),
         ]
 
@@ -96,6 +97,19 @@ class FusedHead:
     def end(self) -> None:
         """It is closed."""
         self._open = self._hidden = None
+        self._stop_keeping()
+
+    def _stop_keeping(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        # In this pass alone: another's may be compiled, and a hook within would break its graph.
+        if self._open is not None and module is self._model and kwargs.get("fused_lm_head"):
+            assert isinstance(self._backbone, nn.Module)
+            self._stop_keeping()
+            self._handle = self._backbone.register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._open is not None and module is self._backbone and torch.is_grad_enabled():
@@ -104,6 +118,7 @@ class FusedHead:
             self._dtype = autocast_dtype(self._model) or (torch.float32 if self._hidden is None else self._hidden.dtype)
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        self._stop_keeping()
         open_batch, hidden, self._hidden = self._open, self._hidden, None
         if open_batch is None or module is not self._model or open_batch.forwarded or not torch.is_grad_enabled():
             return

@@ -30,7 +30,7 @@ from indexer.dotprod.val_data import ValLosses
 from indexer.encode.modes import outside_graphs
 from indexer.integrations.choosing import Expected, LoopChooser
 from indexer.integrations.loop_run import LoopRun
-from indexer.integrations.numbering import Numbering, trainer_of_event
+from indexer.integrations.numbering import Numbering, read_by, trainer_of_event
 from indexer.integrations.refused import refuse_arguments, refuse_trainer
 from indexer.session.choosing import Choosing
 from indexer.session.ranks import Ranks
@@ -168,7 +168,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         refuse_arguments(args, state)
         trainer = trainer_of_event()
         refuse_trainer(trainer, args, choosing=self._choosing is not None)
-        numbering = self._number(trainer, args)
+        numbering = self._number(trainer, args, kwargs["train_dataloader"])
         model = kwargs["model"]
         self._optimizer, self._fp16 = kwargs["optimizer"], bool(args.fp16)
         inner = getattr(self._optimizer, "optimizer", self._optimizer)  # accelerate wraps it; its own hooks fire
@@ -193,14 +193,13 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             self._stack = stack.pop_all()
         self.engine, self._session = engine, session
 
-    def _number(self, trainer: Any, args: TrainingArguments) -> Numbering | None:
+    def _number(self, trainer: Any, args: TrainingArguments, loader: Any) -> Numbering | None:
         """The numbers of the rows of the Trainer's dataset; None where it has no length (the batches must tell)."""
-        dataset = None if trainer is None else trainer.train_dataset
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        dataset, moved = (None, "") if trainer is None else read_by(trainer, loader)
+        if dataset is None:
             if self._samples is None:
                 raise UsageError("`samples` says how many training samples there are: the Trainer's dataset does not")
             return None
-        moved = ""
         if getattr(args, "shuffle_dataset", False):
             moved = "SFTConfig.shuffle_dataset=True puts the rows into another order"
         elif getattr(args, "packing", False):

@@ -27,6 +27,20 @@ LENGTHS = "seq_lengths"
 """The column in which TRL keeps the lengths of the samples of a packed row."""
 
 
+def read_by(trainer: Trainer, loader: Any) -> tuple[Any, str]:
+    """(the dataset whose rows ``loader`` reads, why they may not be those that the user counted).
+
+    It is the Trainer's ``train_dataset``, with all its columns, unless the DataLoader is of the user's making. None
+    where it has no rows that can be counted.
+    """
+    dataset, moved = trainer.train_dataset, ""
+    if type(trainer).get_train_dataloader.__module__.partition(".")[0] not in ("transformers", "trl"):
+        dataset = getattr(loader, "base_dataloader", loader).dataset
+        moved = f"{type(trainer).__name__}.get_train_dataloader reads a dataset of its own"
+    countable = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    return (dataset if countable else None), moved
+
+
 def trainer_of_event() -> Trainer | None:
     """The Trainer whose event is being handled; None where another caller calls it.
 
@@ -105,11 +119,6 @@ class Numbering:
         """Let the batches of ``loader`` have them under ``field``; returns a function that undoes it."""
         base = getattr(loader, "base_dataloader", loader)  # accelerate's is a shell around torch's
         dataset, collate = base.dataset, base.collate_fn
-        if len(dataset) != len(self.first) - 1:
-            raise UsageError(
-                f"the Trainer's DataLoader has {len(dataset)} rows and its train_dataset {len(self.first) - 1}: which "
-                f"row is which sample is not known. Give `train_dataset` what get_train_dataloader() reads"
-            )
         # DataLoader forbids to set another dataset, for fear of its sampler's length, which stays the same.
         object.__setattr__(base, "dataset", _Placed(dataset))
         base.collate_fn = _NumberingCollator(collate, self, field)

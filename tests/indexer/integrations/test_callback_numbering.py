@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, Trainer
 
 from ghoststore import Choosing, GhostStoreCallback
 from ghoststore.errors import UsageError
@@ -199,6 +199,32 @@ def test_numbers_of_packed_rows() -> None:
     }.items():
         with pytest.raises(UsageError, match=message):
             Numbering.of(packed(sample=[list(tokens) for tokens in column]), "sample", None)
+
+
+class OwnLoader(Trainer):
+    """A DataLoader of its own, over the rows in another order."""
+
+    def get_train_dataloader(self) -> Any:
+        rows = self.train_dataset.select(ORDER)
+        return torch.utils.data.DataLoader(rows, batch_size=4, collate_fn=self.data_collator)
+
+
+def test_a_loader_of_ones_own(tmp_path: Path) -> None:
+    """Its rows need the column that the error names; they have it where it is in the dataset that is read."""
+    settings: dict[str, Any] = {"trainer": OwnLoader, "max_steps": 3}
+    callback = callback_of(tmp_path / "store")
+    with pytest.raises(UsageError, match=r"OwnLoader\.get_train_dataloader reads a dataset.*Give the dataset a column"):
+        trainer_of(tmp_path, [callback], rows=dataset(sample=False), **settings).train()
+    callback.close()
+    for name, collator in {"passes it on": collate, "drops it": FORMS["a column that the collator drops"][1]}.items():
+        given = collator if isinstance(collator, dict) else {"data_collator": collator}
+        watcher, callback = Watcher(), callback_of(tmp_path / name)
+        trainer_of(tmp_path, [watcher, callback], model=still(), rows=dataset(), **settings, **given).train()
+        for step, places, scores in steps_of(run_of(tmp_path / name, "trainer")):
+            assert places.tolist() == ORDER[4 * step : 4 * step + 4]
+            twin = still()
+            twin.load_state_dict(watcher.weights[step])
+            close_to(scores, exact_scores(twin, places.tolist()), 2e-5)
 
 
 def test_a_column_of_something_else(tmp_path: Path) -> None:
