@@ -170,6 +170,30 @@ def test_a_model_with_a_cache() -> None:
     engine.detach()
 
 
+def faint(x: Tensor) -> Tensor:
+    """A little of the whole row: less than rounding may change where a sample runs alone."""
+    return x + 1e-4 * x.mean(1, keepdim=True)
+
+
+def placed(x: Tensor) -> Tensor:
+    """By the place in the row: no other sample's tokens come in, but a sample alone is elsewhere."""
+    return x * (1.0 + 0.01 * torch.arange(x.shape[1])).view(-1, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"), [(faint, "other tokens in the samples beside it"), (placed, "sample 1 of the batch alone")]
+)
+def test_a_row_that_changes_its_samples(change: Callable[[Tensor], Tensor], what: str) -> None:
+    """Each of the two ways to see it."""
+    model, chosen = llama(), [SAMPLES[place] for place in (0, 2, 3)]
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: (change(args[0]), *args[1:]))
+    with (
+        GradDotProdEngine(model, val_batch(VAL[:3])) as engine,
+        pytest.raises(UsageError, match=f"does not keep the samples of a packed row apart: with {what}"),
+    ):
+        step(engine, model, packed([chosen]), 3)
+
+
 def test_a_model_that_knows_no_packed_rows() -> None:
     """BERT's decoder has no mask by positions; padded rows, which the error advises, are exact."""
     model, chosen = bert_causal(), [SAMPLES[place] for place in (0, 2, 3)]
