@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import GraniteConfig, GraniteForCausalLM, LlamaForCausalLM
 
 from ghoststore import GhostStoreCallback, GradDotProdEngine, ProjectionConfig
-from tests.support.loops import VAL, VAL_BATCH, close_to, identical, roughly, run_of, steps_of, weights_of
+from tests.support.loops import VAL, VAL_BATCH, close_to, identical, in_ranks, roughly, run_of, steps_of, weights_of
 from tests.support.models import VOCABULARY, gpt2, llama, pad, settle
 from tests.support.scoring import exact_causal
 from tests.support.trainers import Watcher, hooks_of
@@ -120,3 +120,23 @@ def test_vectors_that_are_kept(fresh: Callable[[], Any], packing: bool, tmp_path
         close_to(scores, expected.total, 2e-5)
         found = torch.from_numpy(vectors[step, : len(places)])
         torch.testing.assert_close(found, expected.vectors, rtol=1e-4, atol=1e-4 * float(expected.vectors.abs().max()))
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("packing", [False, True])
+def test_ranks(packing: bool, tmp_path: Path) -> None:
+    """TRL multiplies the loss by the number of ranks, whose gradients are averaged."""
+
+    def work(rank: int) -> None:
+        callback = GhostStoreCallback(store=tmp_path / "store", val_data=VAL_BATCH)
+        trainer_of(tmp_path, llama(), texts(), [callback], packing=packing, per_device_train_batch_size=2).train()
+
+    in_ranks(2, work, tmp_path)
+    samples = samples_of(trainer_of(tmp_path, llama(), texts(), [], packing=packing).train_dataset)
+    run = run_of(tmp_path / "store", "trainer")
+    sample, score = run.read_committed("sample")[0], run.read_committed("score")[0]
+    assert sample.shape[0] == 2
+    for rank in range(2):
+        places, scores = sample[rank][sample[rank] >= 0], score[rank][sample[rank] >= 0]
+        assert len(places) >= 2
+        close_to(scores, exact_causal(llama(), [samples[place] for place in places], VAL).total().mean(1), 2e-5)
