@@ -157,6 +157,12 @@ def _may_predict_tokens(output: Any, labels: Tensor) -> bool:
     )
 
 
+def without_labels(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward pass that gives logits, and sees what one with ``kwargs`` sees."""
+    uncached = {"use_cache": False} if kwargs.get("fused_lm_head") else {}  # TRL's fused head does so
+    return {name: value for name, value in kwargs.items() if name not in LABEL_ARGUMENTS} | uncached
+
+
 @torch.no_grad()
 def output_without_labels(model: nn.Module, record: ForwardRecord) -> Any:
     """Run the forward pass again, without labels, from the same random state; returns its output.
@@ -165,7 +171,7 @@ def output_without_labels(model: nn.Module, record: ForwardRecord) -> Any:
     """
     names = _positional_names(model)
     args = [None if names[i : i + 1] and names[i] in LABEL_ARGUMENTS else value for i, value in enumerate(record.args)]
-    kwargs = {name: value for name, value in record.kwargs.items() if name not in LABEL_ARGUMENTS}
+    kwargs = without_labels(record.kwargs)
     with replayed(model, record.state):
         try:
             return model.forward(*args, **kwargs)  # not __call__: the hooks must not run twice

@@ -9,7 +9,7 @@ Legend: B samples, T positions of a row, L positions of the longest sample, H wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ class FusedHead:
         if open_batch is None or module is not self._model or open_batch.forwarded or not torch.is_grad_enabled():
             return
         log_probs, labels = token_log_probs(output), kwargs.get("labels")
-        if log_probs is None or not isinstance(labels, Tensor):
+        if not kwargs.get("fused_lm_head") or log_probs is None or not isinstance(labels, Tensor):
             return
         if hidden is None or hidden.shape[:2] != labels.shape:
             raise CaptureError(
@@ -207,7 +207,7 @@ class _HeadBatch:
         """Pieces of :meth:`pieces`."""
         return -(-self._x_BLH.shape[1] // self._step)
 
-    def pieces(self, head: nn.Module, gradient_BT: Tensor, transform: _Transform) -> Any:
+    def pieces(self, head: nn.Module, gradient_BT: Tensor, transform: _Transform) -> Iterator[tuple[Tensor, Tensor]]:
         """(input of the head (B, l, H), gradient at its output (B, l, V)), piece by piece of l positions.
 
         CaptureError where the log-probabilities are not those of the head's weight.

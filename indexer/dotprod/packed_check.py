@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ghoststore.errors import CaptureError, UsageError
-from indexer.dotprod.forward_record import LABEL_ARGUMENTS
+from indexer.dotprod.forward_record import without_labels
 from indexer.dotprod.segments import Segments
 from indexer.encode.forward_probe import Call
 from indexer.encode.modes import buffers_kept, device_type, evaluating
@@ -105,8 +105,7 @@ class _Probe:
 
 
 def _without_labels(call: Call) -> Call:
-    kwargs = {name: value for name, value in call.kwargs.items() if name not in LABEL_ARGUMENTS}
-    return Call(call.args, kwargs, call.autocast)
+    return Call(call.args, without_labels(call.kwargs), call.autocast)
 
 
 def _alone(call: Call, segments: Segments, sample: int) -> Call:
