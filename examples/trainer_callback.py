@@ -1,4 +1,4 @@
-"""transformers' Trainer with live scores: one callback, one column. Needs accelerate, as the Trainer does.
+"""transformers' Trainer with live scores: one callback. Needs accelerate, as the Trainer does.
 
 python examples/trainer_callback.py
 """
@@ -17,19 +17,15 @@ model = GPT2LMHeadModel(
 )
 tokens = torch.randint(0, 50, (32, 16)).tolist()
 dataset = Dataset.from_dict({"input_ids": tokens, "labels": tokens})
-dataset = dataset.add_column("sample", list(range(len(dataset))))  # which sample each row is
 val = torch.tensor(tokens[:4])
 
 with tempfile.TemporaryDirectory() as folder:
-    callback = GhostStoreCallback(
-        store=f"{folder}/store", val_data={"input_ids": val, "labels": val}, samples=len(dataset)
-    )
+    callback = GhostStoreCallback(store=f"{folder}/store", val_data={"input_ids": val, "labels": val})
     arguments = TrainingArguments(
         output_dir=f"{folder}/out",
         max_steps=12,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
-        remove_unused_columns=False,
         report_to=[],
         save_strategy="no",
         logging_steps=4,

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from indexer.build.report import BuildReport as BuildReport
     from indexer.dotprod import GradDotProdEngine as GradDotProdEngine
     from indexer.dotprod import Scores as Scores
+    from indexer.dotprod.segments import packed_samples as packed_samples
     from indexer.encode.engine import GradProjLoraEngine as GradProjLoraEngine
     from indexer.encode.losses import next_token_losses as next_token_losses
     from indexer.integrations.callback import GhostStoreCallback as GhostStoreCallback

@@ -31,6 +31,7 @@ FACE = {
     "build": "indexer.build.build",
     "GradDotProdEngine": "indexer.dotprod",
     "Scores": "indexer.dotprod",
+    "packed_samples": "indexer.dotprod.segments",
     "TrainConfig": "ghoststore.settings.train",
     "TrainReport": "indexer.training.train",
     "train": "indexer.training.train",

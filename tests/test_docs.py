@@ -13,6 +13,8 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import ghoststore
 from ghoststore.cli import COMMANDS, cli
@@ -150,10 +152,12 @@ def test_the_loops_of_their_page_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    plain, own, choosing, manager, trainer, save, resume = blocks(ROOT / "docs/loops.md", "python")
+    plain, own, packed, choosing, manager, trainer, _, save, resume = blocks(ROOT / "docs/loops.md", "python")
     exec(plain, Loops().names())
     assert capsys.readouterr().out.count("tensor(") == 3
     exec(own, names := Loops().names())
+    assert names["scores"].total.isfinite().all()
+    exec(packed, names := Loops().names())
     assert names["scores"].total.isfinite().all()
     before = Loops()
     exec(choosing, names := before.names())
@@ -175,6 +179,19 @@ def test_the_loops_of_their_page_run(
     names = {**Loops().names(), "config": config, "GhostEngineManager": ghoststore.GhostEngineManager}
     exec(resume, names)
     assert ghoststore.Store.open("store").run("resumed").complete
+
+
+@pytest.mark.slow
+def test_the_loop_of_trl_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed: pip install '.[trl]'")
+    monkeypatch.chdir(tmp_path)
+    (loop,) = [block for block in blocks(ROOT / "docs/loops.md", "python") if "SFTTrainer" in block]
+    words = {"<pad>": 0, **{f"w{number}": number for number in range(1, 30)}}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="<pad>"
+    )
+    exec(loop, {**Loops().names(), "tokenizer": tokenizer})
+    assert ghoststore.Store.open("store").run("tuned").complete
 
 
 def test_the_policy_of_the_page_of_choosing_runs(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

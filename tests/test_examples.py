@@ -32,6 +32,9 @@ RUNS: list[tuple[str, str]] = [
         r"20 rows.*\n  \+0\.\d+ nats  the river runs to the sea .*\n[\s\S]* sums-\d\n.* rain-\d\n.*\(5, 16384\)",
     ),
     ("trainer_callback.py", r"steps in the store: 12; scores of the last: \["),
+    ("accelerate_loop.py", r"mean score of rows that count: \+[\d.]+, of noise: "),
+    ("trl_sft.py", r"steps in the store: 6; samples scored: 24; .*\n[+-]\d\.\d+  \w+"),
+    ("trl_sft.py --packing", r"steps in the store: 6; samples scored: (?!24;)\d+; .*\n[+-]\d\.\d+  \w+"),
 ]
 
 
@@ -41,6 +44,8 @@ def test_an_example(
     line: str, telling: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script, *arguments = line.split()
+    if script.startswith("trl_"):
+        pytest.importorskip("trl", reason="TRL is not installed: pip install '.[trl]'")
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
     out = capsys.readouterr().out

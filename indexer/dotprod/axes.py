@@ -9,6 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ghoststore.errors import CaptureError
+from indexer.dotprod.open_batch import OpenBatch
+from indexer.dotprod.packed_check import refuse_mixed_segments
+from indexer.dotprod.segments import Segments
 from indexer.encode.forward_probe import ABSENT, Call, CallKeeper, CannotRun, strangers
 from indexer.encode.modes import buffers_kept, evaluating, uncompiled
 from indexer.encode.sample_axis import PROBE_SIZES, AxisProbe, refuse_mixed, taken
@@ -29,12 +32,12 @@ class KnownAxes:
         self._model, self._kinds = model, kinds
         self._known: set[str] = set(kinds) if trusted else set()
         self._ran: set[str] = set()
-        self._probed = self._train_checked = trusted
+        self._probed = self._train_checked = self._packed_checked = trusted
         self._keeper: CallKeeper | None = None
 
     def attach(self) -> None:
-        """Record what the model is called with, unless all layers are known."""
-        if not self.complete:
+        """Record what the model is called with, unless nothing is left to check."""
+        if not (self.complete and self._packed_checked):
             self._keeper = CallKeeper(self._model)
 
     def detach(self) -> None:
@@ -76,23 +79,26 @@ class KnownAxes:
         if not self.complete:
             self._ran.add(name)
 
-    def begin_train(self) -> None:
-        """Begin a train batch."""
+    def begin_train(self, *, packed: bool = False) -> None:
+        """Begin a train batch, ``packed`` or with a row for each sample."""
         self._ran = set()
         if self._keeper is not None:
-            self._keeper.begin(wanted=not self.complete)
+            self._keeper.begin(wanted=not self.complete or (packed and not self._packed_checked))
 
     def end_train(self) -> None:
         """End the train batch and drop what was recorded of it."""
         if self._keeper is not None:
             self._keeper.forget()
 
-    def check_train(self, batch: int) -> None:
-        """Check the layers that ran in the train batch of ``batch`` samples; later, those that never ran before.
+    def check_train(self, open_batch: OpenBatch) -> None:
+        """Check the layers that ran in the train batch; later, those that never ran before. In the first packed one
+        check that its rows keep the samples apart.
 
         CaptureError that names every layer whose input does not follow the samples.
         """
-        unknown = self._ran - self._known
+        batch, unknown = open_batch.rows, self._ran - self._known
+        if open_batch.segments is not None and not self._packed_checked:
+            self._check_packed(open_batch.segments, open_batch.ran)
         if not unknown and (self._train_checked or batch < 2):
             return
         call = None if self._keeper is None else self._keeper.call
@@ -106,6 +112,17 @@ class KnownAxes:
             refuse_mixed(self._strangers(call, batch, unknown), len(self._kinds))
         self._train_checked |= batch > 1
         self._known |= unknown
+
+    def _check_packed(self, segments: Segments, ran: set[str]) -> None:
+        call = None if self._keeper is None else self._keeper.call
+        if call is None:
+            raise CaptureError(
+                "packed rows were trained on, but the model itself was not called, only parts of it: whether it keeps "
+                "the samples of a row apart is not known. Call the model, or trust it: `check=False`"
+            )
+        with uncompiled():
+            refuse_mixed_segments(self._model, call, segments, sorted(ran))
+        self._packed_checked = True
 
     def _strangers(self, call: Call, batch: int, unknown: set[str]) -> dict[str, str]:
         try:

@@ -19,22 +19,27 @@ from ghoststore.errors import UsageError
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.train import Route, ScoreLayers, ScoreMetric
 from indexer.dotprod.axes import KnownAxes
+from indexer.dotprod.fused_head import FusedHead, common_factor
 from indexer.dotprod.held_factors import FactorHolder
 from indexer.dotprod.in_graph import InGraph, is_compiled
 from indexer.dotprod.ledger import (
     batch_norms_of,
     refuse_batch_statistics,
+    refuse_packed,
     refuse_unsupported_wrappers,
     unwrapped,
+    unwrapped_optimizer,
 )
 from indexer.dotprod.loss_check import LossCheck
 from indexer.dotprod.making import method_for, metric_for
 from indexer.dotprod.open_batch import OpenBatch
 from indexer.dotprod.scores import Scores
 from indexer.dotprod.scoring_batch import ScoringBatch
+from indexer.dotprod.segments import Segments
 from indexer.dotprod.val_age import ValAge
 from indexer.dotprod.val_data import ValLosses, default_losses, language_model_losses
 from indexer.dotprod.val_gradient import ValGradient
+from indexer.dotprod.val_side import ValSide
 from indexer.encode.modes import settle_hooks, uncompiled, without_autocast
 from indexer.encode.tap import tapped
 from indexer.layers import LayerType
@@ -42,7 +47,7 @@ from indexer.layers.base import input_of
 from indexer.projection.matrices import Projection
 
 
-class GradDotProdEngine:
+class GradDotProdEngine(ValSide):
     """Scores every training sample against a validation set. The training step stays the same, bit for bit.
 
     ::
@@ -101,14 +106,14 @@ class GradDotProdEngine:
         refuse_unsupported_wrappers(self.model)
         self.val_refresh_interval = val_refresh_interval
         losses = val_losses or (language_model_losses if val_data is None else default_losses(self.model))
-        self._optimizer = optimizer
+        self._optimizer = unwrapped_optimizer(optimizer)
         self.method = method_for(
             self.model,
             projection,
             keep,
             exclude_layers=exclude_layers,
             score_layers=score_layers,
-            metric=metric_for(score_metric, optimizer),
+            metric=metric_for(score_metric, self._optimizer),
             route=route,
             pairs=pairs,
             check=check,
@@ -122,14 +127,14 @@ class GradDotProdEngine:
         self._batch_norms = batch_norms_of(self.model)
         self._check = check
         self._holder: FactorHolder | None = None
+        self._fused_head = FusedHead(self.model, self.method)
         self._in_graph = InGraph(self.method, copies=pairs, compiled=is_compiled(model))
         self._hooks = {name: self._hook(name, kind) for name, kind in self._kinds.items()}
         """The same ones for each :meth:`attach`: compiled graphs are made for them."""
         self._handles: list[RemovableHandle] = []
         self._age = ValAge(self.model)
         self._train: OpenBatch | None = None
-        self.on_val_batch: Callable[[int], object] = lambda size: None
-        """Called with the size of each val batch before its forward pass."""
+        self.on_val_batch = lambda size: None
         self._size = self._tokens = 0
         """Samples of the open train or val batch, and positions of the train batch."""
         self._narrow = False
@@ -148,7 +153,7 @@ class GradDotProdEngine:
             for name, hook in self._hooks.items():
                 module = self.model.get_submodule(name)
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
-            self._handles += self._loss_check.attach()
+            self._handles += self._loss_check.attach() + self._fused_head.attach()
             if self._optimizer is not None:
                 self._handles.append(self._optimizer.register_step_post_hook(lambda *_: self.stepped()))
         except BaseException:
@@ -188,75 +193,27 @@ class GradDotProdEngine:
         """Whether a batch has been prepared and neither collected nor discarded."""
         return self._train is not None
 
-    # The val gradient.
-
-    @property
-    def val_batches(self) -> list[Any]:
-        """The val set as given, less the rows without a target; empty without a val set."""
-        return list(self._val.batches)
-
-    @property
-    def val_due(self) -> bool:
-        """Whether the next :meth:`prepare` computes the val gradient."""
-        return self._age.due(self.val_refresh_interval) and (self.method.needs_val or bool(self._val.batches))
-
-    @property
-    def val_samples(self) -> int:
-        """Samples in the val set."""
-        return self._val.samples
-
-    @property
-    def group_names(self) -> list[str]:
-        """Names of the val groups, in the order of ``Scores.groups``; known after the first val pass."""
-        return self._val.group_names
-
-    def stepped(self) -> None:
-        """Report an optimizer step. An engine with ``optimizer`` calls this itself."""
-        self._age.stepped()
-
-    def set_validation(self, val_data: Any, groups: Sequence[str] | Literal["each"] | None = None) -> None:
-        """Replace the val samples. The next :meth:`prepare` computes their gradient."""
-        self._val.set(val_data, groups)
-        self._age.forget()
-
-    def refresh(self, loss_scale: float = 1.0) -> None:
-        """Compute the val gradient now.
-
-        ``loss_scale`` multiplies the val losses, and the gradient is divided by it: float16 needs that.
-        UsageError if a val sample's loss is not finite. CaptureError if the gradient is not finite or differs from
-        autograd's.
-        """
-        self._require_attached()
-        if self._train is not None:
-            raise UsageError("a train batch is open; call collect() or discard() before refresh()")
-        started = time.perf_counter()
-        self._age.forget()  # an error below leaves half a gradient behind, which must not be used
-        self.examine()
-        self._age.computed(complete=self._val.compute(loss_scale, self._tolerance, self._begin_val_batch))
-        self._seconds += time.perf_counter() - started
-
-    def examine(self) -> None:
-        """Check that the first axis of each layer carries the samples, unless that is known. :meth:`refresh` does, too.
-
-        CaptureError naming every layer that mixes the samples of a batch.
-        """
-        self._val.examine(self._axes)
-
-    def _begin_val_batch(self, size: int) -> None:
-        self._size = size
-        self.on_val_batch(size)
-
     # A train batch.
 
-    def prepare(self, batch_size: int, *, tokens: int = 0, loss_scale: float = 1.0) -> None:
+    def prepare(
+        self,
+        batch_size: int,
+        *,
+        tokens: int = 0,
+        loss_scale: float = 1.0,
+        segments: Tensor | Segments | None = None,
+    ) -> None:
         """Open the taps for one forward and backward pass of ``batch_size`` samples (first axis of every layer).
 
         Refreshes the val gradient if it is due. ``tokens``, the positions in the batch, helps to choose routes.
-        ``loss_scale`` is for :meth:`refresh`: with float16, the scale of the loss scaler.
+        ``loss_scale`` is for :meth:`refresh`: with float16, the scale of the loss scaler. ``segments`` (rows,
+        positions), of packed rows, is the number of the sample of each position, from 0, and -1 for padding.
         UsageError if the model is no longer the one the engine was made for, or if its weights changed without a
         reported step.
         """
-        self._open(OpenBatch(batch_size), tokens, loss_scale)
+        if isinstance(segments, Tensor):
+            segments = Segments.of(segments, batch_size)
+        self._open(OpenBatch(batch_size, segments), tokens, loss_scale)
 
     @contextmanager
     def scoring(
@@ -312,27 +269,37 @@ class GradDotProdEngine:
         if [p.requires_grad for p in self.model.parameters()] != self._flags:
             raise UsageError("parameters were frozen or unfrozen since the engine was made; make a new engine")
         refuse_batch_statistics(self._batch_norms)
+        if open_batch.segments is not None:
+            refuse_packed(self._kinds)
         self._age.refuse_unreported()
         settle_hooks()
         self._tokens = tokens
         if self.val_due:
             self.refresh(loss_scale)
-        self._train, self._size = open_batch, open_batch.size
-        self._axes.begin_train()
+        self._train, self._size = open_batch, open_batch.rows
+        self._axes.begin_train(packed=open_batch.segments is not None)
         self.method.begin_train(open_batch.size)
         if open_batch.leaf is None:
             self._in_graph.begin(open_batch)
+            self._fused_head.begin(open_batch)
             self._loss_check.begin()
 
     def watch(
-        self, loss: Tensor, *, weights: Tensor | None = None, labels: Tensor | None = None, batch: Any = None
+        self,
+        loss: Tensor,
+        *,
+        weights: Tensor | None = None,
+        labels: Tensor | None = None,
+        batch: Any = None,
+        log_probs: Tensor | None = None,
     ) -> None:
         """Name the training loss: Σ_i weights[i]·ℓ_i. Call it between the forward and the backward pass.
 
         Without ``weights`` it is the mean over the samples. With ``labels`` (B, T) of a language model it is the mean
         over all next-token targets of the batch, as transformers' models compute it. With both, ℓ_i is the mean over
         the targets of sample i. A later factor of ``loss`` (accumulation, a loss scaler) is read from the backward
-        pass.
+        pass. With ``log_probs`` (B, T - 1), those of the targets from a fused head, ``loss`` is their mean, and what
+        goes backward may be any multiple of it, computed from them: the multiple is read there.
 
         The first loss is compared with the model's logits if ``labels`` are given, or if a language model itself
         returned it. For any other loss give ``batch``, the train batch in the form that ``val_losses(model, batch)``
@@ -346,7 +313,7 @@ class GradDotProdEngine:
         try:
             self._loss_check.check(
                 loss,
-                open_batch.weights_B,
+                open_batch.weights_by_row(labels),
                 labels=labels,
                 batch=batch,
                 explicit=weights is not None,
@@ -359,9 +326,11 @@ class GradDotProdEngine:
 
         def add_upstream(gradient: Tensor) -> None:
             if self._train is open_batch:
-                open_batch.add_upstream(gradient)
+                factor = gradient if log_probs is None or labels is None else common_factor(gradient, labels)
+                open_batch.add_upstream(factor)
 
-        loss.register_hook(add_upstream)  # type: ignore[no-untyped-call]
+        source = loss if log_probs is None else log_probs
+        source.register_hook(add_upstream)  # type: ignore[no-untyped-call]
 
     def collect(self) -> Scores:
         """Return the scores of the prepared batch, after its backward pass.
@@ -379,7 +348,7 @@ class GradDotProdEngine:
         """Return the scores of the open batch, after its backward pass, and close it."""
         started = time.perf_counter()
         try:
-            self._axes.check_train(open_batch.size)
+            self._axes.check_train(open_batch)
             scores = self.method.scores(scale_B, self._val.group_share, self._tolerance())
         finally:
             self.discard()
@@ -393,6 +362,7 @@ class GradDotProdEngine:
             self._train.closed = True
         self._train = None
         self._in_graph.end()
+        self._fused_head.end()
         self.method.begin_train(0)
         if self._holder is not None:
             self._holder.end()

@@ -24,7 +24,7 @@ _LABEL_NAMES = ("labels", "targets", "target")
 _NOT_TOKENS = re.compile(r"mask|type|position|cache", re.IGNORECASE)
 """Names of integer inputs (B, T) that are no tokens."""
 
-_LABEL_ARGUMENTS = (*_LABEL_NAMES, "shift_labels", "num_items_in_batch")
+LABEL_ARGUMENTS = (*_LABEL_NAMES, "shift_labels", "num_items_in_batch", "fused_lm_head")
 """Arguments that make a model compute a loss."""
 
 
@@ -157,6 +157,12 @@ def _may_predict_tokens(output: Any, labels: Tensor) -> bool:
     )
 
 
+def without_labels(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward pass that gives logits, and sees what one with ``kwargs`` sees."""
+    uncached = {"use_cache": False} if kwargs.get("fused_lm_head") else {}  # TRL's fused head does so
+    return {name: value for name, value in kwargs.items() if name not in LABEL_ARGUMENTS} | uncached
+
+
 @torch.no_grad()
 def output_without_labels(model: nn.Module, record: ForwardRecord) -> Any:
     """Run the forward pass again, without labels, from the same random state; returns its output.
@@ -164,8 +170,8 @@ def output_without_labels(model: nn.Module, record: ForwardRecord) -> Any:
     UsageError if the model does not run without labels.
     """
     names = _positional_names(model)
-    args = [None if names[i : i + 1] and names[i] in _LABEL_ARGUMENTS else value for i, value in enumerate(record.args)]
-    kwargs = {name: value for name, value in record.kwargs.items() if name not in _LABEL_ARGUMENTS}
+    args = [None if names[i : i + 1] and names[i] in LABEL_ARGUMENTS else value for i, value in enumerate(record.args)]
+    kwargs = without_labels(record.kwargs)
     with replayed(model, record.state):
         try:
             return model.forward(*args, **kwargs)  # not __call__: the hooks must not run twice

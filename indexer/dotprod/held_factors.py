@@ -167,7 +167,7 @@ class FactorHolder:
         the samples, or if the gradients differ from autograd's.
         """
         assert self._open_batch is not None
-        self._axes.check_train(self._open_batch.size)
+        self._axes.check_train(self._open_batch)
         sizes = [gradient.norm().double() for gradient in expected.values() if gradient is not None]
         total_norm = float(torch.stack(sizes).norm()) if sizes else 0.0
         if total_norm and isfinite(total_norm):  # else the batch shows nothing: no targets, or an overflow in float16

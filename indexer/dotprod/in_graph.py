@@ -65,7 +65,7 @@ class InGraph:
 
     def begin(self, open_batch: OpenBatch) -> None:
         """A train batch is open."""
-        self.train, self.open, self.size = open_batch, True, open_batch.size
+        self.train, self.open, self.size = open_batch, True, open_batch.rows
 
     def end(self) -> None:
         """It is closed."""
@@ -96,7 +96,7 @@ class _LayerTap:
         graph, open_batch = self._graph, self._graph.train
         if open_batch is None:
             return -1
-        by_sample(x, y, open_batch.size, self._kind, self._name)
+        by_sample(x, y, open_batch.rows, self._kind, self._name)
         open_batch.sized = True  # the check outside the graph has seen the axes
         graph.compiled = True
         graph.narrow |= y.dtype in (torch.float16, torch.bfloat16)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
+import torch
 from torch import nn
 
 from ghoststore.errors import LayerError, UsageError
@@ -82,6 +84,16 @@ def refuse_batch_statistics(batch_norms: Mapping[str, nn.Module]) -> None:
                 f"{name or 'the model'} is a {type(module).__name__} that mixes the samples of a batch: no sample has "
                 "a gradient of its own. Freeze its statistics (module.eval(), after model.train()) or use another norm"
             )
+
+
+def refuse_packed(kinds: Mapping[str, LayerType]) -> None:
+    """UsageError for layers without a formula, which run again row by row: a packed row has several samples."""
+    again = [name for name, kind in kinds.items() if not kind.has_formula]
+    if again:
+        raise UsageError(
+            f"no formula knows {len(again)} of the scored layers ({', '.join(again[:3])}, …), so that they cannot be "
+            f"taken sample by sample in packed rows. Do not pack, or leave them out with `exclude_layers={again}`"
+        )
 
 
 def survey(model: nn.Module, exclude: Sequence[str] = (), *, only: Collection[str] | None = None) -> Ledger:
@@ -209,3 +221,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if inner is model:
             return inner
         model = inner
+
+
+def unwrapped_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
+    """The optimizer inside accelerate's wrapper, whose hooks fire for the steps that are made; None for None."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(
+            f"`optimizer` is torch's (torch.optim.Optimizer), or wraps one; found {type(optimizer).__name__}"
+        )
+    return optimizer

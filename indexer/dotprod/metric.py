@@ -29,13 +29,12 @@ class AdamMetric:
             raise UsageError(
                 '`score_metric="adam"` takes the second moments of the optimizer: give `optimizer=optimizer`'
             )
-        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-        if type(inner) not in KNOWN:
+        if type(optimizer) not in KNOWN:
             raise UsageError(
-                f'`score_metric="adam"` knows torch.optim.Adam and AdamW, not {type(inner).__name__}: train with one '
-                'of them, or give `score_metric="sgd"`'
+                f'`score_metric="adam"` knows torch.optim.Adam and AdamW, not {type(optimizer).__name__}: train with '
+                'one of them, or give `score_metric="sgd"`'
             )
-        self._optimizer: torch.optim.Optimizer = inner
+        self._optimizer = optimizer
         self._warned: set[str] = set()
 
     def ready(self, parameters: Mapping[str, nn.Parameter]) -> bool:

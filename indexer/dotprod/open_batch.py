@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ghoststore.errors import CaptureError, UsageError
+from indexer.dotprod.segments import Segments
 from indexer.dotprod.val_data import target_counts
 from indexer.encode.tap import See
 
@@ -24,6 +25,8 @@ class OpenBatch:
     """A train batch from ``prepare`` to ``collect`` or ``discard``, or the batch of a ``scoring`` pass."""
 
     size: int
+    segments: Segments | None = None
+    """Of packed rows, which sample each position belongs to; None where a row is a sample."""
     leaf: Tensor | None = None
     """In a scoring pass, the tensor that makes autograd reach the taps but no weight."""
     weights_B: Tensor | None = None
@@ -43,13 +46,23 @@ class OpenBatch:
     """Time of the taps in the backward pass."""
     _upstreams: list[Tensor] = field(default_factory=list)
 
-    def in_time(self, see: See) -> See:
-        """``see``, timed, while the batch is open. A backward pass after it was discarded or collected is ignored."""
+    @property
+    def rows(self) -> int:
+        """Rows of the forward pass: first axis of every layer."""
+        return self.size if self.segments is None else self.segments.rows
+
+    def in_time(self, see: See, *, by_sample: bool = False) -> See:
+        """``see`` by sample, timed, while the batch is open. A backward pass after it was discarded or collected is
+        ignored. ``by_sample``: what comes is by sample already, also in packed rows.
+        """
+        segments = None if by_sample else self.segments
 
         def see_in_time(saved: Tensor, dy: Tensor) -> None:
             if self.closed:
                 return
             started = time.perf_counter()
+            if segments is not None:
+                saved, dy = segments.gather(saved), segments.gather(dy)
             see(saved, dy)
             self.seconds += time.perf_counter() - started
 
@@ -84,24 +97,37 @@ class OpenBatch:
     def weights_of(self, loss: Tensor, weights: Tensor | None, labels: Tensor | None) -> Tensor:
         """(B,) float64: ``weights``; else those of a mean over the targets of ``labels`` (B, T), or over the samples.
 
-        UsageError for another shape.
+        UsageError for another shape, and for packed rows without ``labels``.
         """
         given = labels is not None or weights is not None
         if labels is not None:
-            if labels.dim() != 2 or len(labels) != self.size:
+            if labels.dim() != 2 or len(labels) != self.rows:
                 raise UsageError(
                     f"labels are of tokens, one row a sample: there are labels of shape {tuple(labels.shape)} for a "
                     f"batch of {self.size} samples"
                 )
+            counts_B = self.counts(labels).to(loss.device).double()
             if weights is None:
-                counts_B = target_counts(labels).to(loss.device).double()
                 weights = counts_B / counts_B.sum().clamp_min(1)
+        elif self.segments is not None:
+            raise UsageError("the loss of packed rows is one of tokens: say watch(loss, labels=labels)")
         elif weights is None:
             weights = torch.full((self.size,), 1.0 / self.size, dtype=torch.float64, device=loss.device)
         self.sized |= given
         if weights.shape != (self.size,):
             raise UsageError(f"there are weights for {tuple(weights.shape)} samples, but the batch has {self.size}")
         return weights.to(loss.device).double()
+
+    def counts(self, labels: Tensor) -> Tensor:
+        """(B,) int64: targets of each sample in ``labels``, by row."""
+        return target_counts(labels) if self.segments is None else self.segments.target_counts(labels)
+
+    def weights_by_row(self, labels: Tensor | None) -> Tensor:
+        """(rows,) float64: of the watched loss. Of packed rows UsageError unless they go with the targets."""
+        assert self.weights_B is not None
+        if self.segments is None or labels is None:
+            return self.weights_B
+        return self.segments.weights_of_rows(self.weights_B, self.counts(labels))
 
     @property
     def upstream(self) -> Tensor:

@@ -1,13 +1,17 @@
-"""The size of a loop's batches, and its rank in a mapping of the loop's own."""
+"""A batch of a loop, its size, and the loop's rank in a mapping of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ghoststore.errors import UsageError
+from indexer.dotprod.segments import Segments
 from indexer.session.ranks import Ranks
 
 
@@ -59,3 +63,26 @@ def ranks_of(info: Mapping[str, Any] | None) -> Ranks:
             f"{here.count}" + ("" if here.count > 1 else " (init_process_group() comes first)")
         )
     return stated
+
+
+@dataclass(slots=True)
+class AttachedBatch:
+    """The micro-batch that comes next, before its forward pass is prepared."""
+
+    size: int
+    """Samples."""
+    rows: int
+    """Rows of the forward pass: fewer where they are packed."""
+    tokens: int
+    segments: Segments | None
+    places: NDArray[np.int64] | None = None
+    """(size,): of its samples in the training set."""
+
+    @classmethod
+    def of(cls, batch: Any, sample_RT: Tensor | None) -> AttachedBatch:
+        """That of ``batch``; ``sample_RT`` is the number of the sample of each position of packed rows."""
+        segments = None if sample_RT is None else Segments.of(sample_RT, int(sample_RT.max()) + 1)
+        rows = size_of(batch)
+        if segments is not None and segments.rows != rows:
+            raise UsageError(f"`segments` are of {segments.rows} packed rows; the batch has {rows}")
+        return cls(rows if segments is None else segments.count, rows, tokens_of(batch), segments)

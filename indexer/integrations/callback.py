@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -26,10 +25,13 @@ from ghoststore.settings.train import KEPT_DTYPE, OnStoreError, ScoreLayers, Sco
 from ghoststore.store.base.disk import storage_errors
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.exact import Route
+from indexer.dotprod.segments import Segments, packed_samples
 from indexer.dotprod.val_data import ValLosses
 from indexer.encode.modes import outside_graphs
 from indexer.integrations.choosing import Expected, LoopChooser
 from indexer.integrations.loop_run import LoopRun
+from indexer.integrations.numbering import Numbering, read_by, trainer_of_event
+from indexer.integrations.refused import refuse_arguments, refuse_trainer
 from indexer.session.choosing import Choosing
 from indexer.session.ranks import Ranks
 from indexer.session.samples import Samples, places_of
@@ -40,15 +42,16 @@ PENDING = "ghoststore_pending.safetensors"
 
 
 class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """``Trainer(…, callbacks=[GhostStoreCallback(store="./store", val_data=batches, samples=len(dataset))])``.
+    """``Trainer(…, callbacks=[GhostStoreCallback(store="./store", val_data=batches)])``, also of TRL's ``SFTTrainer``.
 
-    Every training batch must say which samples it holds: give the dataset an integer column ``sample`` with each
-    sample's place (``dataset.add_column("sample", range(len(dataset)))``), keep it
-    (``TrainingArguments(remove_unused_columns=False)``), and use a collator that passes it on, as transformers' own
-    do. The callback takes it out again before the model sees it, in evaluation, too.
+    A sample's place is that of its row in the Trainer's ``train_dataset``, or what the integer column ``sample`` of
+    that dataset says; the callback puts the places into the batches, and takes them out before the model sees them, in
+    evaluation, too. Of packed rows each sample has a score: its place is counted over all rows, unless the column
+    has its number once for each token. The batches of a stream must bring the column themselves.
 
     ``val_data`` is a batch or a list of batches (mappings with input_ids, labels, maybe attention_mask);
-    ``samples`` the ids of the training samples, or how many there are, ``domains`` the domain of each;
+    ``samples`` the ids of the training samples, or how many there are (default: those of the dataset, called by their
+    places, ``row:place`` in packed rows), ``domains`` the domain of each;
     ``sample_field`` the name of the column, ``dot_prod_save_interval`` the steps that are committed together. The other
     parameters are those of :class:`GradDotProdEngine` and of ``ghoststore train``; ``projection`` makes the scores
     sketched and keeps each sample's projected gradient. ``keep_gradients`` keeps those of every so many steps alone, as
@@ -59,8 +62,9 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     The run is called ``name``. Training that resumes from a checkpoint goes on with it; for a checkpoint outside
     ``args.output_dir``, give ``resume_from_checkpoint`` here as well. The training step stays what it is, bit for bit.
 
-    The loss must be the one that the model itself returns, the mean over next-token targets. UsageError for batches
-    without ``sample``, another loss, and settings of the Trainer that hide the model's layers; what the engine raises.
+    The loss must be the one that the model itself returns, the mean over next-token targets, or TRL's, which is made of
+    the log-probabilities that its models return. UsageError for rows whose samples are not known, another loss, and
+    settings of the Trainer that hide the model's layers; what the engine raises.
     After an error in training the Trainer calls no event: call :meth:`close`.
     """
 
@@ -70,7 +74,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         store: str | Path,
         val_data: Any,
         val_losses: ValLosses | None = None,
-        samples: int | Sequence[str],
+        samples: int | Sequence[str] | None = None,
         domains: Sequence[str | None] | None = None,
         name: str = "trainer",
         sample_field: str = "sample",
@@ -102,7 +106,10 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         if choosing is not None and choosing.contrast:
             refuse_contrast_in(score_metric)
         self._name, self._field, self._choosing = name, sample_field, choosing
-        self._samples = Samples.of(samples, domains)
+        if samples is None and domains is not None:
+            raise UsageError("`domains` are those of `samples`: give these, too")
+        self._samples = None if samples is None else Samples.of(samples, domains)
+        self._named = self._samples is not None
         self._engine_of = partial(
             GradDotProdEngine,
             val_data=val_data,
@@ -120,7 +127,6 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             LoopRun,
             store=store,
             name=name,
-            samples=self._samples,
             save_interval=dot_prod_save_interval,
             val_refresh_interval=val_refresh_interval,
             exclude_layers=tuple(exclude_layers),
@@ -136,6 +142,8 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         self._note = note
         self.engine: GradDotProdEngine | None = None
         """The engine, while training."""
+        self._unnumbered = ""
+        """Why the samples of the Trainer's rows are not known."""
         self._session: ScoringSession | None = None
         self._chooser: LoopChooser | None = None
         self._optimizer: Any = None
@@ -158,27 +166,49 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
                 "callback with another `name`"
             )
         refuse_arguments(args, state)
+        trainer = trainer_of_event()
+        refuse_trainer(trainer, args, choosing=self._choosing is not None)
+        numbering = self._number(trainer, args, kwargs["train_dataloader"])
         model = kwargs["model"]
         self._optimizer, self._fp16 = kwargs["optimizer"], bool(args.fp16)
         inner = getattr(self._optimizer, "optimizer", self._optimizer)  # accelerate wraps it; its own hooks fire
         # accelerate has wrapped it, to be compiled, and no event shows the wrapper; this one compiles nothing.
         wrapped: Any = torch.compile(model) if args.torch_compile else model
         engine = self._engine_of(wrapped, optimizer=inner)
-        run = self._run_of(
-            steps=state.max_steps, batch=args.per_device_train_batch_size * args.gradient_accumulation_steps
-        )
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        batch = rows if numbering is None else numbering.most_of(rows)
+        run = self._run_of(steps=state.max_steps, batch=batch, samples=self._samples)
         with ExitStack() as stack:
             session = stack.enter_context(run.session(engine, Ranks.here(), self._note))
             if state.global_step:
                 folder = self._from or _checkpoint(args, state)
                 session.restore(state.global_step, _pending_in(folder), str(folder))
             stack.enter_context(engine)
+            if numbering is not None:
+                stack.callback(numbering.put_into(kwargs["train_dataloader"], self._field))
             if self._choosing is not None:
                 self._chooser = LoopChooser(self._choosing, engine, session, session.ranks)
             for handle in self._hooks(model, engine.model):
                 stack.callback(handle.remove)
             self._stack = stack.pop_all()
         self.engine, self._session = engine, session
+
+    def _number(self, trainer: Any, args: TrainingArguments, loader: Any) -> Numbering | None:
+        """The numbers of the rows of the Trainer's dataset; None where it has no length (the batches must tell)."""
+        dataset, moved = (None, "") if trainer is None else read_by(trainer, loader)
+        if dataset is None:
+            if self._samples is None:
+                raise UsageError("`samples` says how many training samples there are: the Trainer's dataset does not")
+            return None
+        if getattr(args, "shuffle_dataset", False):
+            moved = "SFTConfig.shuffle_dataset=True puts the rows into another order"
+        elif getattr(args, "packing", False):
+            moved = "packing cuts and joins samples to rows of one length"
+        numbering = Numbering.of(dataset, self._field, self._samples if self._named else None, moved=moved)
+        self._unnumbered = numbering.unknown
+        if not self._named:
+            self._samples = Samples.of(numbering.ids)
+        return numbering
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -273,8 +303,12 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             return
         if places is None:
             raise UsageError(
-                f"the Trainer's batch has no {self._field!r}: add that column to the dataset (the place of each "
-                "sample), set remove_unused_columns=False, and use a collator that keeps it"
+                f"the Trainer's batch has no {self._field!r}: "
+                + (
+                    self._unnumbered
+                    or "add that column to the dataset (the place of each sample), set remove_unused_columns=False, "
+                    "and use a collator that keeps it"
+                )
             )
         labels = kwargs.get("labels")
         if not isinstance(labels, Tensor) or labels.dim() != 2:
@@ -283,7 +317,9 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
                 "language model itself returns. Is there no such column, or does the Trainer take it for a "
                 "compute_loss_func or a compute_loss of its own?"
             )
-        rows = places_of(places, len(labels), self._samples)
+        assert self._samples is not None
+        segments = self._segments(kwargs, labels, places)
+        rows = places_of(places, len(labels) if segments is None else segments.count, self._samples)
         scale, arithmetic = self._loss_scale(), self._arithmetic(labels.device)
         if self._chooser is not None:
             self._chooser.expect(Expected(rows, session.next_step, scale, arithmetic))
@@ -291,9 +327,29 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         self._preparing = True
         try:
             with arithmetic:
-                session.prepare(len(labels), rows=rows, labels=labels, tokens=labels.numel(), loss_scale=scale)
+                session.prepare(
+                    len(rows), rows=rows, labels=labels, tokens=labels.numel(), loss_scale=scale, segments=segments
+                )
         finally:
             self._preparing = False
+
+    def _segments(self, kwargs: Mapping[str, Any], labels: Tensor, places: Any) -> Segments | None:
+        """Of packed rows, which sample each position belongs to."""
+        count = len(places)
+        sample_RT = packed_samples(kwargs, count)
+        if sample_RT is None:
+            if count != len(labels):
+                raise UsageError(
+                    f"{len(labels)} rows of the batch hold {count} samples, and no `position_ids` say where each "
+                    "begins. Use a collator that gives them (SFTConfig(padding_free=True), DataCollatorWithFlattening)"
+                )
+            return None
+        if self._chooser is not None:
+            raise UsageError(
+                "`choosing` cuts batches by their rows, and packed rows hold several samples: train without packing "
+                "(SFTConfig: packing=False, padding_free=False; or a collator that pads)"
+            )
+        return Segments.of(sample_RT, count)
 
     def _arithmetic(self, device: torch.device) -> AbstractContextManager[Any]:
         """accelerate's autocast is inside the forward pass; the val losses must know of float16 outside, too."""
@@ -329,32 +385,6 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
                 "one (compute_loss), whose samples cannot be scored by this callback; use GradDotProdEngine.watch()"
             )
         self._session.collect()
-
-
-def refuse_arguments(args: TrainingArguments, state: TrainerState) -> None:
-    """UsageError for settings of the Trainer under which samples cannot be scored, or not by one run."""
-    refused = {
-        "label_smoothing_factor": (args.label_smoothing_factor, "the model's own loss is not the one that is trained"),
-        "torch_compile by regions": (
-            args.torch_compile and _by_regions(),
-            "accelerate puts a copy in place of the model; leave ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION out",
-        ),
-        "deepspeed": (args.deepspeed, "it splits the parameters; use DDP (torchrun)"),
-        "fsdp": (args.fsdp, "it splits the parameters; use DDP (torchrun)"),
-        "auto_find_batch_size": (args.auto_find_batch_size, "a run has one batch size; give it"),
-        "n_gpu > 1": (args.n_gpu > 1, "nn.DataParallel splits batches behind the Trainer's back; use DDP (torchrun)"),
-    }
-    for name, (value, reason) in refused.items():
-        if value:
-            raise UsageError(f"TrainingArguments.{name} cannot be used with GhostStoreCallback: {reason}")
-    if state.is_hyper_param_search:
-        raise UsageError("a hyperparameter search is many trainings, and a run is one: score the one that you choose")
-
-
-def _by_regions() -> bool:
-    """Whether accelerate compiles the blocks of a model, each by itself."""
-    given = os.environ.get("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "").lower()
-    return given in ("1", "y", "yes", "t", "true", "on")
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

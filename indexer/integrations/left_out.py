@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from indexer.dotprod.ledger import unwrapped_optimizer
+
 
 class LeftOut:
     """Whether the step at hand was left out. ``scaler`` is the loop's; None: no step is."""
@@ -13,7 +15,7 @@ class LeftOut:
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._scale = 1.0
         self._stepped = False
-        self._optimizer = optimizer
+        self._optimizer = unwrapped_optimizer(optimizer)
 
     def attach(self) -> RemovableHandle:
         """Watch the optimizer."""
@@ -21,6 +23,7 @@ class LeftOut:
         def stepped(*_: object) -> None:
             self._stepped = True
 
+        assert self._optimizer is not None
         return self._optimizer.register_step_post_hook(stepped)
 
     def begin(self) -> None:

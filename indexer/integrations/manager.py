@@ -10,11 +10,9 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -22,7 +20,7 @@ from ghoststore.errors import UsageError
 from indexer.dotprod import GradDotProdEngine, Scores
 from indexer.dotprod.val_data import ValLosses
 from indexer.encode.modes import outside_graphs
-from indexer.integrations.batches import ranks_of, size_of, tokens_of
+from indexer.integrations.batches import AttachedBatch, ranks_of, size_of
 from indexer.integrations.choosing import Expected, LoopChooser
 from indexer.integrations.config import GhostConfig, Method
 from indexer.integrations.left_out import LeftOut
@@ -31,14 +29,6 @@ from indexer.session.samples import Samples, places_of
 from indexer.session.session import MicroBatch, ScoringSession
 
 __all__ = ["GhostConfig", "GhostEngineManager"]
-
-
-class _Attached(NamedTuple):
-    """The micro-batch that comes next, before its forward pass is prepared."""
-
-    rows: NDArray[np.int64] | None
-    size: int
-    tokens: int
 
 
 class GhostEngineManager:
@@ -110,7 +100,7 @@ class GhostEngineManager:
         """The step that comes next; None: any, where nothing is stored."""
         self._step: int | None = None
         """The step that is open: it has a batch and is not finished."""
-        self._attached: _Attached | None = None
+        self._attached: AttachedBatch | None = None
         """The micro-batch that is open: it is not scored yet."""
         self._skipping = False
         self._scores: list[Scores] = []
@@ -166,9 +156,12 @@ class GhostEngineManager:
 
     # Once a micro-batch.
 
-    def attach_train_batch(self, X_train: Any, Y_train: Any, iteration: int, batch_idx: Any = None) -> None:
+    def attach_train_batch(
+        self, X_train: Any, Y_train: Any, iteration: int, batch_idx: Any = None, *, segments: Tensor | None = None
+    ) -> None:
         """The batch that comes next: ``iteration`` is its optimizer step (from 0), ``batch_idx`` (B,) the place of
-        each sample in the training set (needed with a store).
+        each sample in the training set (needed with a store), ``segments`` (rows, positions) of packed rows the number
+        of the sample of each position, as in :meth:`GradDotProdEngine.prepare`.
 
         Steps come one after another; after an error in a step and :meth:`clear_gradients`, the same or the next one.
         """
@@ -178,8 +171,10 @@ class GhostEngineManager:
         if self._attached is not None:
             raise UsageError("the last batch is still open; call prepare_gradients() after its backward pass")
         step = self._checked_step(iteration)
-        size = size_of(X_train)
-        config = self.config
+        attached = AttachedBatch.of(X_train, segments)
+        size, config = attached.size, self.config
+        if segments is not None and config.choosing is not None:
+            raise UsageError("`choosing` cuts batches by their rows, and packed rows hold several samples: pad them")
         if config.batch_size is not None and size > config.batch_size:
             raise UsageError(f"a batch of {size} samples; the configuration says `batch_size={config.batch_size}`")
         if len(self._scores) >= config.gradient_accumulation_steps:
@@ -188,9 +183,8 @@ class GhostEngineManager:
                 f"`gradient_accumulation_steps={config.gradient_accumulation_steps}`. After optimizer.step() call "
                 "aggregate_and_log()"
             )
-        rows = None
         if batch_idx is not None and self._samples is not None:
-            rows = places_of(batch_idx, size, self._samples)
+            attached.places = places_of(batch_idx, size, self._samples)
         elif config.store is not None:
             raise UsageError("attach_train_batch needs `batch_idx`: the place of each sample in the training set")
         if self._skipping and self._next is not None and step > self._next:
@@ -201,7 +195,7 @@ class GhostEngineManager:
             self._left_out.begin()
         self._skipping = False
         self._step = step
-        self._attached = _Attached(rows, size, tokens_of(X_train))
+        self._attached = attached
 
     def _checked_step(self, iteration: int) -> int:
         try:
@@ -235,15 +229,20 @@ class GhostEngineManager:
             if not self.engine.attached:
                 raise UsageError("the engine is off the model: call reattach_after_evaluation() before training on")
             size = size_of(X_train)
-            if size != attached.size:
-                raise UsageError(f"the batch that was attached has {attached.size} samples, this one {size}")
+            if size != attached.rows:
+                raise UsageError(f"the batch that was attached has {attached.rows} samples, this one {size}")
             scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
             if self._chooser is not None:
                 assert self._step is not None
-                self._chooser.expect(Expected(attached.rows, self._step, scale))
+                self._chooser.expect(Expected(attached.places, self._step, scale))
             else:
                 self._session.prepare(
-                    size, rows=attached.rows, labels=Y_train, tokens=attached.tokens, loss_scale=scale
+                    attached.size,
+                    rows=attached.places,
+                    labels=Y_train,
+                    tokens=attached.tokens,
+                    loss_scale=scale,
+                    segments=attached.segments,
                 )
         return X_train, Y_train
 
@@ -423,7 +422,7 @@ class GhostEngineManager:
             handle.remove()
         self._hooks = []
 
-    def _opened(self, wanted: str) -> _Attached:
+    def _opened(self, wanted: str) -> AttachedBatch:
         self._refuse_closed()
         if self._attached is None:
             raise UsageError(f"no batch is open: call {wanted}")

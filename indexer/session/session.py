@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -34,6 +35,7 @@ from ghoststore.store.run.run import Run
 from ghoststore.store.run.writer import SAMPLE_ARRAYS
 from indexer.dotprod import GradDotProdEngine, Scores, target_counts
 from indexer.dotprod.scoring_batch import ScoringBatch
+from indexer.dotprod.segments import Segments
 from indexer.session.kept_gradients import OF_SAMPLES, ValStep, arrays_of_samples, arrays_of_step, want_vectors
 from indexer.session.own_loss import own_loss, tokens_in
 from indexer.session.ranks import Ranks
@@ -55,6 +57,8 @@ class MicroBatch:
     rows: NDArray[np.int64] | None
     labels: Any
     tokens: int
+    segments: Segments | None = None
+    """Of packed rows."""
     own_loss: Tensor | None = None
     """The loss that the model returned, where that is the one which is watched."""
     loss: float | None = None
@@ -171,25 +175,27 @@ class ScoringSession:
         labels: Any = None,
         tokens: int = 0,
         loss_scale: float = 1.0,
+        segments: Segments | None = None,
     ) -> None:
         """Open the engine for the forward and backward pass of ``size`` samples at the places ``rows`` (needed where
         there is a run). The val gradient is refreshed if it is due. ``labels`` are those of the model's own loss where
-        its forward pass is not given any; ``tokens`` and ``loss_scale`` as in the engine.
+        its forward pass is not given any; ``tokens``, ``loss_scale`` and ``segments`` as in the engine.
         """
         if self.engine is not None:
             self._want_vectors(self.engine, loss_scale)
-            self._prepare(self.engine, size, tokens, loss_scale)
-        self.batch = MicroBatch(size, rows, labels, tokens)
+            opening = partial(self.engine.prepare, size, tokens=tokens, loss_scale=loss_scale, segments=segments)
+            self._prepare(self.engine, opening)
+        self.batch = MicroBatch(size, rows, labels, tokens, segments)
 
-    def _prepare(self, engine: GradDotProdEngine, size: int, tokens: int, loss_scale: float) -> None:
+    def _prepare(self, engine: GradDotProdEngine, prepare: Callable[[], None]) -> None:
         """Open ``engine``. A val pass may fail on one rank alone (its val data, a function of the user's): then it
         fails on all, and is due on all.
         """
         if not engine.val_due:
-            engine.prepare(size, tokens=tokens, loss_scale=loss_scale)
+            prepare()
             return
         try:
-            self.ranks.each(lambda: engine.prepare(size, tokens=tokens, loss_scale=loss_scale))
+            self.ranks.each(prepare)
         except WorkerError:
             engine.discard()
             engine.set_validation(engine.val_batches)
@@ -214,11 +220,12 @@ class ScoringSession:
         """
         engine, opened = self._open()
         opened.tokens = tokens_in(kwargs) or opened.tokens
-        own = own_loss(output, kwargs.get("labels", opened.labels), kwargs.get("num_items_in_batch"))
+        labels, items = kwargs.get("labels", opened.labels), kwargs.get("num_items_in_batch")
+        own = own_loss(output, labels, items, opened.segments)
         if own is None:
             return False
         if opened.scores is None:
-            engine.watch(own.loss, weights=own.weights, labels=own.labels)
+            engine.watch(own.loss, weights=own.weights, labels=own.labels, log_probs=own.log_probs)
         opened.own_loss = own.loss
         opened.loss = float(own.loss.detach()) * own.divisor
         opened.weight = float(own.weights.sum()) * own.divisor
@@ -226,7 +233,8 @@ class ScoringSession:
         def reached(gradient: Tensor) -> None:
             opened.reached = True
 
-        own.loss.register_hook(reached)  # type: ignore[no-untyped-call]
+        source = own.loss if own.log_probs is None else own.log_probs
+        source.register_hook(reached)  # type: ignore[no-untyped-call]
         return True
 
     def _open(self) -> tuple[GradDotProdEngine, MicroBatch]:

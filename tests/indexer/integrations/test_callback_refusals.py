@@ -19,7 +19,7 @@ from transformers import (
 from ghoststore import ProjectionConfig
 from ghoststore.errors import BusyError, StorageError, UsageError
 from indexer.encode.losses import next_token_losses
-from indexer.integrations.callback import refuse_arguments
+from indexer.integrations.refused import refuse_arguments
 from tests.support.loops import (
     identical,
     run_of,
@@ -100,8 +100,8 @@ def stack(features: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no sample": ({"rows": dataset(sample=False)}, "no 'sample': add that column"),
-    "columns removed": ({"remove_unused_columns": True}, "remove_unused_columns=False"),
+    "no sample": ({"rows": dataset(sample=False).to_iterable_dataset()}, "no 'sample': add that column"),
+    "other rows": ({"rows": dataset(sample=False).select(range(9))}, "9 rows, and `samples` names 14"),
     "out of range": ({"rows": dataset(start=5)}, "there are 14 samples"),
     "smoothing": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor cannot be used"),
     "batch size": ({"auto_find_batch_size": True}, "auto_find_batch_size cannot be used"),
