@@ -116,7 +116,7 @@ def corpus_name(source: str) -> str:
         return "stdin"
     path = Path(source.split(BETWEEN)[0].rstrip("/"))
     name = path.name
-    for suffix in (".gz", ".zst", *sorted({Path(suffix).suffix for suffix in FORMS})):
+    for suffix in (".gz", ".zst", ".jsonl", ".ndjson", ".parquet", ".csv", ".txt", *FORMS):
         name = name.removesuffix(suffix)
     return re.sub(r"[*?\[\]]+", "", name).strip("-_.") or path.parent.name if glob.has_magic(name) else name
 
