@@ -64,6 +64,8 @@ def _fields(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         return
     for role in ("text", "prompt", "completion", "messages", "id", "domain"):
         yield f"--{role}-field", fields[role]
+    for name in ("encoding", "delimiter"):
+        yield f"--{name}", fields.get(name)
 
 
 def _projection(stored: dict[str, Any], layers: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
