@@ -108,7 +108,10 @@ class ArrowForm:
                 rows = _checked_rows(path, mapped, begin, max(self.largest or 0, LARGEST_BATCH))
             except (struct.error, IndexError, OverflowError) as error:
                 raise CorpusError(f"{path}: damaged: a header is none ({error})") from None
-            yield pyarrow.ipc.open_stream(pyarrow.py_buffer(mapped).slice(begin)), rows
+            try:
+                yield pyarrow.ipc.open_stream(pyarrow.py_buffer(mapped).slice(begin)), rows
+            except UnicodeDecodeError as error:  # in the name of a column
+                raise CorpusError(f"{path}: damaged: {error}") from None
 
 
 def _checked_rows(path: Path, data: mmap.mmap, at: int, largest: int) -> int:
