@@ -42,10 +42,10 @@ def form_wanted(out: Path) -> str:
 def check_export(source: str, form: str, out: Path) -> None:
     """UsageError unless rows of the corpus ``source``, which has the form ``form``, can be written to ``out``."""
     have, wanted = form.partition(".")[0], form_wanted(out)
-    if have == "token-shards":
+    if have in ("token-shards", "megatron"):
         raise UsageError(
-            f"{source} holds token shards: tokens, and not the rows that they were made of. Build a part of the corpus "
-            "itself (`ghoststore build --data …`) and choose from that"
+            f"{source} holds {have.replace('-', ' ')}: tokens, and not the rows that they were made of. Build a part "
+            "of the corpus itself (`ghoststore build --data …`) and choose from that"
         )
     if wanted != have and wanted not in COMMON:
         names = ".jsonl, .parquet or a folder" + (f", or .{have}" if have not in COMMON else "")

@@ -13,11 +13,12 @@ from ghoststore.corpus.formats import FORMS, form_of
 from ghoststore.corpus.formats.base import Form
 from ghoststore.corpus.formats.dataset import DatasetForm
 from ghoststore.corpus.formats.json_document import JsonForm
+from ghoststore.corpus.formats.megatron import MegatronForm
 from ghoststore.corpus.hub_folder import files_of_split, is_hub_folder, refuse_pointers
 from ghoststore.errors import CorpusError, GhostStoreError, UsageError
 
 SUPPORTED = f"supported: {', '.join(sorted(FORMS))}, a folder of such files, a save_to_disk folder, token shards"
-NOT_DATA = {"", ".md", ".yaml", ".yml", ".py"}
+NOT_DATA = {"", ".md", ".yaml", ".yml", ".py", ".idx"}
 INFOS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 """JSON files that say what a dataset is, and are none of its data."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -44,9 +45,11 @@ def locate(source: str) -> tuple[Form, list[Path]]:
 def _locate(source: str) -> tuple[Form, list[Path]]:
     path = Path(source)
     if path.is_file():
-        form = form_of(path)
+        if path.suffix == ".idx" and path.with_suffix(".bin").is_file():
+            path = path.with_suffix(".bin")
+        form = _form(path)
         if form is None:
-            raise CorpusError(f"{path}: unsupported form {path.suffix!r}; {_advice(path)}; {PIPED}")
+            raise CorpusError(f"{path}: unsupported form {path.suffix!r}; {SUPPORTED}; {PIPED}")
         refuse_pointers([path])
         return form, [path]
     if path.is_dir():
@@ -70,11 +73,9 @@ def _locate(source: str) -> tuple[Form, list[Path]]:
     raise CorpusError(f"{source:.1000}: does not exist{hint}")
 
 
-def _advice(path: Path) -> str:
-    """What to do about a file in a form that is not read."""
-    if path.suffix in (".bin", ".idx") and path.with_suffix(".idx").exists() and path.with_suffix(".bin").exists():
-        return "token ids of Megatron-LM, without their tokenizer: give the corpus that they were made of"
-    return SUPPORTED
+def _form(path: Path) -> Form | None:
+    """The form of a file by its suffix; of a .bin by the index that lies beside it."""
+    return MegatronForm() if path.suffix == ".bin" and path.with_suffix(".idx").is_file() else form_of(path)
 
 
 def _within(source: str) -> tuple[Path, tuple[str, ...]] | None:
@@ -166,9 +167,9 @@ def _one_form(source: object, files: Iterable[Path]) -> tuple[Form, list[Path]]:
     files = list(files)
     forms: dict[str, Form] = {}
     for file in files:
-        form = form_of(file)
+        form = _form(file)
         if form is None:
-            raise CorpusError(f"{file}: unsupported form {file.suffix!r} in a folder of data; {_advice(file)}")
+            raise CorpusError(f"{file}: unsupported form {file.suffix!r} in a folder of data; {SUPPORTED}")
         forms[form.name] = form
     if len(forms) > 1:
         raise CorpusError(f"{source}: expected files of one form, found {', '.join(sorted(forms))}")

@@ -90,7 +90,8 @@ class Tokenizer:
     ``vocabulary`` is the number of ids that the model's embedding has rows for (`embedding_rows`); None if the tokens
     are not for a model. ``note`` gets one message if the chat template leaves out tools or documents. ``of_part`` says
     that the tokenizer is fixed by a part, which changes the advice in errors. ``template_date`` is the date for a chat
-    template that writes one (default: today).
+    template that writes one (default: today). ``takes_ids`` says that ids whose tokenizer nobody names are taken for
+    its own.
     """
 
     def __init__(
@@ -101,8 +102,10 @@ class Tokenizer:
         note: Callable[[str], None] | None = None,
         of_part: bool = False,
         template_date: str | None = None,
+        takes_ids: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
+        self.takes_ids = takes_ids
         self.vocabulary = vocabulary
         self.of_part = of_part
         self.template_date = date_for(tokenizer, template_date)
@@ -144,12 +147,28 @@ class Tokenizer:
             self._whole_texts.refuse_without_offsets()
         if isinstance(sample.content, Tokenized):
             identity = sample.content.vocabulary.tokenizer_identity
-            if identity["fingerprint"] != self.identity["fingerprint"]:
+            if not identity:
+                self._check_nameless(sample, sample.content)
+            elif identity["fingerprint"] != self.identity["fingerprint"]:
                 raise MismatchError(
                     f"sample {sample.id!r} comes from token shards of another tokenizer than the checkpoint's:\n"
                     f"{tokenizer_lines(identity, self.identity)}\n"
                     "Tokenize the corpus again with the tokenizer of this checkpoint"
                 )
+
+    def _check_nameless(self, sample: Sample, content: Tokenized) -> None:
+        if not self.takes_ids:
+            source = str(sample.place).partition(", row ")[0] if sample.place else "PATH"
+            raise UsageError(
+                f"{sample}: token ids, and nothing says which tokenizer made them. Say it once, and use the shards: "
+                f"ghoststore tokenize --data {source} --tokenizer TOKENIZER --out SHARDS"
+            )
+        largest = int(content.ids.max(initial=-1))
+        if largest >= self.size:
+            raise UsageError(
+                f"{sample}: has the token {largest}, and the tokenizer has ids up to {self.size - 1}: it is not the "
+                "one that made them"
+            )
 
     def refuse_beyond(self, tokens: Tokens, sample_id: str, source_row: int) -> None:
         """UsageError if one of ``tokens`` has no row in the model's embedding."""

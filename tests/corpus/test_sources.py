@@ -169,10 +169,3 @@ def test_the_hub_offline() -> None:
         assert "no such path exists, and the Hugging Face hub could not be reached" in line
         assert "ffline" in line
     assert bare == "no-such/data: does not exist; for a dataset of the hub, add its split: no-such/data:train"
-
-
-def test_megatron(tmp_path: Path) -> None:
-    for suffix in (".bin", ".idx"):
-        (tmp_path / f"a{suffix}").write_bytes(b"MMIDIDX\0\0")
-    for suffix in (".bin", ".idx"):
-        assert "token ids of Megatron-LM, without their tokenizer" in message(tmp_path / f"a{suffix}")
