@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from ghoststore.corpus.fields import ROLES_OF, WELL_KNOWN, ResolvedFields, Sample, resolve
 from ghoststore.corpus.formats.base import Form
@@ -41,8 +41,7 @@ class Position:
     offset: int = -1
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):  # made for every sample, in half of the time of a dataclass
     """Where a row stands: as text it is the file, and the line or the row. Only then the line is looked for."""
 
     form: Form

@@ -63,7 +63,7 @@ def _cuts(name: str) -> Iterator[tuple[str, str]]:
 
 def text_of(row: Mapping[str, object], field: str) -> str | None:
     """The text in a field; None for null. RowError for another value, KeyError for a row without the field."""
-    value = value_at(row, field)
+    value = row[field] if field in row else value_at(row, field)
     if value is None or isinstance(value, str):
         return value
     raise RowError(f"field {field!r}: expected a string or null, found {shown(value)}")
@@ -74,7 +74,7 @@ def label_of(row: Mapping[str, object], field: str) -> str | None:
 
     Tables make floats of integers where some are missing: 3.0 is 3. A larger one may have lost digits, and is refused.
     """
-    value = value_at(row, field)
+    value = row[field] if field in row else value_at(row, field)
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, int) and not isinstance(value, bool):

@@ -106,6 +106,7 @@ HARMS: dict[str, tuple[int, bytes, str]] = {
     "length": (34, struct.pack("<i", -1), "document 1 lies beyond"),
     "long": (34, struct.pack("<i", 1 << 30), "document 1 lies beyond"),
     "place": (54, struct.pack("<q", 1 << 60), "document 1 lies beyond"),
+    "before": (54, struct.pack("<q", -2), "document 1 lies beyond"),
     "order": (34 + 20 + 40 + 8, struct.pack("<q", 4), "not in order"),
 }
 

@@ -23,10 +23,11 @@ def loads(data: bytes | bytearray) -> object:
     row: object = orjson.loads(data)
     if isinstance(row, dict):
         for value in row.values():
-            if isinstance(value, float):
+            kind = type(value)
+            if kind is float:
                 if abs(value) >= _EXACT:
                     return _with_integers(row, data)
-            elif isinstance(value, dict):
+            elif kind is dict:
                 for inner in value.values():
                     if isinstance(inner, float) and abs(inner) >= _EXACT:
                         return _with_integers(row, data)
