@@ -179,6 +179,8 @@ def _keywords_of(kind: type, values: dict[str, Any]) -> Keywords:
             value = entry.option.shortcut[1]
         if entry.option.repeated and len(value) == 1 and str in members_of(entry.spec.type):
             value = value[0]
+        elif entry.option.repeated and Path in members_of(entry.spec.type):
+            value = tuple(map(Path, value))  # several strings would be texts
         has_value = value != () if entry.option.repeated else value is not None or entry.option.none is not None
         if has_value:
             *holder, name = entry.path

@@ -4,16 +4,9 @@ A corpus is streamed (`Corpus.samples`), read at random (`Corpus.fetch`), and sc
 (`SampleScan`). Importing this package loads neither torch nor pyarrow nor datasets.
 """
 
+from ghoststore.corpus.content import BESIDE_MESSAGES, Content, Messages, PromptCompletion, Tokenized
 from ghoststore.corpus.corpus import Corpus, Position, open_corpus, spool_stdin
-from ghoststore.corpus.fields import (
-    BESIDE_MESSAGES,
-    Content,
-    Messages,
-    PromptCompletion,
-    ResolvedFields,
-    Sample,
-    Tokenized,
-)
+from ghoststore.corpus.fields import ResolvedFields, Sample
 from ghoststore.corpus.locate import absolute
 from ghoststore.corpus.memory import MemoryData, Source, part_word, same_source, source_name, source_of
 from ghoststore.corpus.scan import MAX_DOMAINS, SampleScan, Scan

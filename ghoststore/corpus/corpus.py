@@ -11,16 +11,19 @@ from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-from ghoststore.corpus.fields import WELL_KNOWN, ResolvedFields, RowError, Sample, check_object, resolve
+from ghoststore.corpus.fields import ROLES_OF, WELL_KNOWN, ResolvedFields, Sample, resolve
 from ghoststore.corpus.formats.base import Form
+from ghoststore.corpus.formats.delimited import other_delimiter
+from ghoststore.corpus.formats.json_document import JsonForm
 from ghoststore.corpus.kept import kept_value
 from ghoststore.corpus.locate import locate
 from ghoststore.corpus.memory import MemoryData, Source, recorded, source_of
-from ghoststore.errors import CorpusError, GhostStoreError, StorageError
+from ghoststore.corpus.values import RowError, check_object, column_of
+from ghoststore.errors import CorpusError, GhostStoreError, StorageError, UsageError
 from ghoststore.progress import Progress
-from ghoststore.settings.fields import CONTENT_FIELDS, Fields
+from ghoststore.settings.fields import Fields
 from ghoststore.settings.shared import Data, is_stdin
 
 STDIN = "standard input"
@@ -36,6 +39,17 @@ class Position:
     source_row: int
     file: int
     offset: int = -1
+
+
+class Place(NamedTuple):  # made for every sample, in half of the time of a dataclass
+    """Where a row stands: as text it is the file, and the line or the row. Only then the line is looked for."""
+
+    form: Form
+    path: Path
+    key: int
+
+    def __str__(self) -> str:
+        return self.form.where(self.path, self.key)
 
 
 class Corpus:
@@ -81,11 +95,11 @@ class Corpus:
         source = source_of(data)
         fields = Fields() if fields is None else fields
         if isinstance(source, MemoryData):
-            return cls(source, source.form, [Path(source.name)], fields, recorded(source))
+            return cls(source, _reading(source.form, fields, source), [Path(source.name)], fields, recorded(source))
         form, files = locate(source)
         # Resolved fields come from an earlier reading of the corpus, which had a limit for records.
         largest = fields.max_record_bytes if isinstance(fields, Fields) else None
-        form = replace(form, largest=largest)  # type: ignore[type-var]
+        form = replace(_reading(form, fields, source), largest=largest)  # type: ignore[type-var]
         return cls(source, form, files, fields, recorded(source))
 
     def only(self, domains: Iterable[str]) -> Corpus:
@@ -127,11 +141,15 @@ class Corpus:
             path = self.files[file]
             fields = self._form.fields(path) if left_out or self.keep else None
             # A file may lack fields that are kept. Asked for one that it lacks, a form reads all that it has.
-            columns = [*resolved.columns(), *(name for name in self.keep if fields is None or name in fields)]
+            columns = [
+                *resolved.columns(),
+                *(name for name in self.keep if fields is None or column_of(name, fields) is not None),
+            ]
             for key, row in self._form.rows(path, columns, first):
                 if source_row >= start.source_row:
                     try:
-                        sample = self.sample_of(row, source_row, file, key if has_offsets else -1)
+                        place = Place(self._form, path, key)
+                        sample = self.sample_of(row, source_row, file, key if has_offsets else -1, place)
                     except RowError as error:
                         raise CorpusError(f"{self._form.where(path, key)}: {error}") from None
                     if domains is None or sample.domain in domains:
@@ -170,10 +188,10 @@ class Corpus:
             keyed = {self._key(place): place for place in places if place.file == file}
             yield self._form, self.files[self._checked(file)], {key: keyed[key] for key in sorted(keyed)}
 
-    def sample_of(self, row: object, source_row: int, file: int, offset: int) -> Sample:
+    def sample_of(self, row: object, source_row: int, file: int, offset: int, place: Place | None = None) -> Sample:
         """The sample of a row of this corpus. RowError for a missing field or a value of a wrong type."""
         sample = self.resolved.sample(
-            row, source_row=source_row, file=file, offset=offset, adds_nulls=self._form.adds_nulls
+            row, source_row=source_row, file=file, offset=offset, adds_nulls=self._form.adds_nulls, place=place
         )
         return replace(sample, kept=tuple(kept_value(row, name) for name in self.keep)) if self.keep else sample
 
@@ -185,12 +203,26 @@ class Corpus:
                     first = check_object(row)
                 except RowError as error:
                     raise CorpusError(f"{where}: {error}") from None
-                self._fields = resolve(fields, first, where)
+                try:
+                    self._fields = resolve(fields, first, where)
+                except CorpusError as error:
+                    raise CorpusError(f"{error}{self._hint(first)}") from None
                 self.field_names = tuple(first)
                 self._left_out |= self._fields.left_out()
                 self._see_unread(first, None)
                 return self._fields
         raise CorpusError(f"{self.source}: has no rows")
+
+    def _hint(self, row: dict[str, object]) -> str:
+        """What may be wrong if the first row has none of the fields."""
+        delimiter = getattr(self._form, "delimiter", None)
+        if delimiter is not None:
+            return other_delimiter(list(row), delimiter)
+        if isinstance(self._form, JsonForm):
+            for name, value in row.items():
+                if isinstance(value, list) and value and isinstance(value[0], dict):
+                    return f". If the rows are those under {name!r}, give `{self.source}:{name}`"
+        return ""
 
     def _see_unread(self, fields: Iterable[str], where: str | None) -> None:
         """Note which of ``fields`` are not read and may belong to the text. They are those of the first row (``where``
@@ -202,8 +234,12 @@ class Corpus:
         if not names or self.note is None:
             return
         resolved = self.resolved
-        of_content = [getattr(resolved, role) for role in CONTENT_FIELDS.get(resolved.kind, ())]
-        belongs = {"messages": "put it among the messages", "prompt-completion": "join it to the prompt"}
+        of_content = [getattr(resolved, role) for role in ROLES_OF.get(resolved.kind, ())]
+        belongs = {
+            "messages": "put it among the messages",
+            "chat-completion": "put it among the messages of the prompt",
+            "prompt-completion": "join it to the prompt",
+        }
         of_rows = "of its rows" if where is None else "of this row, and of none before it,"
         self.note(
             f"{where or self.source}: {_listed(names)} {of_rows} {'is' if len(names) == 1 else 'are'} not read "
@@ -284,6 +320,18 @@ def _naming_stdin(spooled: str) -> Iterator[None]:
     except GhostStoreError as error:
         error.args = (str(error).replace(spooled, STDIN), *error.args[1:])
         raise
+
+
+def _reading(form: Form, fields: Fields | ResolvedFields, source: Source) -> Form:
+    """``form``, which reads files in the encoding and with the delimiter that ``fields`` give. UsageError where it has
+    none.
+    """
+    given = {name: value for name in ("encoding", "delimiter") if (value := getattr(fields, name)) is not None}
+    for name, value in given.items():
+        if not hasattr(form, name) or (name == "delimiter" and getattr(form, name) is None):
+            of = "text files (jsonl, json, csv, tsv, txt)" if name == "encoding" else "csv and tsv files"
+            raise UsageError(f"`fields.{name}={value!r}` is for {of}, and {source} is {form.name}: leave it out")
+    return replace(form, **given) if given else form  # type: ignore[type-var]
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -18,9 +18,9 @@ from ghoststore.store.base.new_files import new_file, new_files
 
 T = TypeVar("T")
 
-COMMON = ("jsonl", "parquet", "dataset")
+COMMON = ("jsonl", "json", "parquet", "arrow", "dataset")
 """Forms that hold the rows of any corpus."""
-TABLES = ("parquet", "dataset")
+TABLES = ("parquet", "arrow", "dataset")
 GROUP_BYTES = 64 << 20
 """Approximate bytes of a parquet row group, before encoding."""
 
@@ -42,10 +42,10 @@ def form_wanted(out: Path) -> str:
 def check_export(source: str, form: str, out: Path) -> None:
     """UsageError unless rows of the corpus ``source``, which has the form ``form``, can be written to ``out``."""
     have, wanted = form.partition(".")[0], form_wanted(out)
-    if have == "token-shards":
+    if have in ("token-shards", "megatron"):
         raise UsageError(
-            f"{source} holds token shards: tokens, and not the rows that they were made of. Build a part of the corpus "
-            "itself (`ghoststore build --data …`) and choose from that"
+            f"{source} holds {have.replace('-', ' ')}: tokens, and not the rows that they were made of. Build a part "
+            "of the corpus itself (`ghoststore build --data …`) and choose from that"
         )
     if wanted != have and wanted not in COMMON:
         names = ".jsonl, .parquet or a folder" + (f", or .{have}" if have not in COMMON else "")
@@ -68,16 +68,28 @@ def write_export(source: SourceRows, out: Path, order: Sequence[int] | None) -> 
             _save_dataset(source, folder, order)
         return
     with new_file(out) as temporary:
-        if form == "parquet":
-            _write_parquet(source, temporary, order)
+        if form in TABLES:
+            _write_table(source, temporary, order, out.suffix.lower())
         else:
             same = form == source.form
             header = source.header() if same else b""
             lines = source.lines() if same else map(_as_json, source.rows())
             with _packed(temporary, out.suffix.lower()) as file:
+                if form == "json":
+                    _write_array(file, _ordered(lines, order))
+                    return
                 file.write(header)
                 for line in _ordered(lines, order):
                     file.write(line)
+
+
+def _write_array(file: IO[bytes], rows: Iterable[bytes]) -> None:
+    """Write a document that is one array of ``rows``, one a line where they have no line endings of their own."""
+    before = b"[\n"
+    for row in rows:
+        file.write(before + row.removesuffix(b"\n"))
+        before = b",\n"
+    file.write(b"\n]\n" if before == b",\n" else b"[]\n")
 
 
 def _ordered(items: Iterable[T], order: Sequence[int] | None) -> Iterable[T]:
@@ -108,15 +120,20 @@ def _packed(path: Path, suffix: str) -> Iterator[IO[bytes]]:
             yield file
 
 
-def _write_parquet(source: SourceRows, path: Path, order: Sequence[int] | None) -> None:
+def _write_table(source: SourceRows, path: Path, order: Sequence[int] | None, suffix: str) -> None:
     import pyarrow.parquet
 
-    if source.form in TABLES and order is None:
-        with pyarrow.parquet.ParquetWriter(path, source.schema()) as writer:
-            for table in _gathered(source.tables()):
-                writer.write_table(table)
-    else:
-        pyarrow.parquet.write_table(_table(source, order), path)
+    streamed = source.form in TABLES and order is None
+    tables = _gathered(source.tables()) if streamed else iter([_table(source, order)])
+    first = None if streamed else next(tables)
+    schema = source.schema() if first is None else first.schema
+    open_writer = {
+        ".parquet": pyarrow.parquet.ParquetWriter,
+        ".arrow": pyarrow.ipc.new_stream,  # as datasets writes and reads it
+    }.get(suffix, pyarrow.ipc.new_file)
+    with open_writer(str(path), schema) as writer:
+        for table in tables if first is None else [first]:
+            writer.write_table(table)
 
 
 def _gathered(tables: Iterable[Any]) -> Iterator[Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from datetime import UTC, date, datetime
 
-from ghoststore.corpus.fields import Kept, RowError, check_object
+from ghoststore.corpus.fields import Kept
+from ghoststore.corpus.values import RowError, check_object, value_at
 
 
 def kept_value(row: object, field: str) -> Kept:
@@ -12,7 +13,10 @@ def kept_value(row: object, field: str) -> Kept:
 
     RowError for a value that no column holds: an object, a list, bytes, an integer beyond 64 bits.
     """
-    value = check_object(row).get(field)
+    try:
+        value = value_at(check_object(row), field)
+    except KeyError:
+        return None
     if isinstance(value, datetime):
         return value if value.tzinfo is None else value.astimezone(UTC).replace(tzinfo=None)
     if isinstance(value, int) and not -(2**63) <= value < 2**63:

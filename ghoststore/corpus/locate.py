@@ -1,20 +1,30 @@
-"""Finding the files of a source: a file, a folder of files, a saved dataset, token shards, or a dataset of the hub."""
+"""Finding the files of a source: files, folders, patterns, saved datasets, token shards, or a dataset of the hub."""
 
 from __future__ import annotations
 
+import glob
+import os
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ghoststore.corpus.formats import FORMS, form_of
 from ghoststore.corpus.formats.base import Form
 from ghoststore.corpus.formats.dataset import DatasetForm
+from ghoststore.corpus.formats.json_document import JsonForm
+from ghoststore.corpus.formats.megatron import MegatronForm
+from ghoststore.corpus.hub_folder import files_of_split, is_hub_folder, refuse_pointers
 from ghoststore.errors import CorpusError, GhostStoreError, UsageError
 
 SUPPORTED = f"supported: {', '.join(sorted(FORMS))}, a folder of such files, a save_to_disk folder, token shards"
-NOT_DATA = {"", ".md", ".yaml", ".yml"}
+NOT_DATA = {"", ".md", ".yaml", ".yml", ".py", ".idx"}
+INFOS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
+"""JSON files that say what a dataset is, and are none of its data."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_SOURCE = re.compile(rf"(?P<name>{HUB_NAME.pattern}):(?P<split>[\w.+%:\[\]-]+)")
+HUB_SOURCE = re.compile(rf"(?P<name>{HUB_NAME.pattern})(?::(?P<config>[\w.+-]+))?:(?P<split>[\w.+%:\[\]-]+)")
+BETWEEN = "\n"
+"""Stands between the paths of a source that is several."""
 
 
 PIPED = "standard input is `-`: `… | ghoststore … -`"
@@ -35,72 +45,158 @@ def locate(source: str) -> tuple[Form, list[Path]]:
 def _locate(source: str) -> tuple[Form, list[Path]]:
     path = Path(source)
     if path.is_file():
-        form = form_of(path)
+        if path.suffix == ".idx" and path.with_suffix(".bin").is_file():
+            path = path.with_suffix(".bin")
+        form = _form(path)
         if form is None:
             raise CorpusError(f"{path}: unsupported form {path.suffix!r}; {SUPPORTED}; {PIPED}")
+        refuse_pointers([path])
         return form, [path]
     if path.is_dir():
-        return _locate_folder(path, split=None)
+        return _locate_folder(path, ())
     if path.exists():
         raise CorpusError(f"{path}: expected a file or a folder, found a device, pipe or socket; {PIPED}")
-    folder, _, split = source.rpartition(":")
-    if folder and Path(folder).exists():
-        if Path(folder).is_dir():
-            return _locate_folder(Path(folder), split)
-        raise CorpusError(f"{source}: a split is for a saved DatasetDict; {folder} is a file")
+    if BETWEEN in source and any(os.path.exists(piece) for piece in source.split(BETWEEN)):
+        return _locate_several(source.split(BETWEEN))
+    if within := _within(source):
+        return _locate_folder(*within) if within[0].is_dir() else _locate_key(source, *within)
+    if matching := _matching(source):
+        return _one_form(source, matching)
     hub = HUB_SOURCE.fullmatch(source)
     if hub and form_of(Path(hub["name"])) is None:
-        return _locate_on_hub(source, hub["name"], hub["split"])
+        return _locate_on_hub(source, hub["name"], hub["config"], hub["split"])
     hint = f"; for a dataset of the hub, add its split: {source}:train" if HUB_NAME.fullmatch(source) else ""
     if " " in source or "\n" in source:
         hint = "; a text in memory is given in a list, [text]"
+    if glob.has_magic(source):
+        raise CorpusError(f"{source:.1000}: no file has such a name{hint}")
     raise CorpusError(f"{source:.1000}: does not exist{hint}")
 
 
+def _form(path: Path) -> Form | None:
+    """The form of a file by its suffix; of a .bin by the index that lies beside it."""
+    return MegatronForm() if path.suffix == ".bin" and path.with_suffix(".idx").is_file() else form_of(path)
+
+
+def _within(source: str) -> tuple[Path, tuple[str, ...]] | None:
+    """(path, names) of a ``path:split`` or ``path:config:split`` whose path exists."""
+    for count in (1, 2):
+        path, *names = source.rsplit(":", count)
+        if path and len(names) == count and all(names) and os.path.exists(path):
+            return Path(path), tuple(names)
+    return None
+
+
+def _matching(source: str) -> list[Path]:
+    """The files whose names match a pattern, sorted; none of a source that is no pattern, or that none matches."""
+    if not glob.has_magic(source):
+        return []
+    return [path for path in map(Path, sorted(glob.glob(source, recursive=True))) if _may_hold_data(path)]
+
+
 def absolute(source: str) -> str:
-    """``source`` with its path made absolute, if it is a path. A split of a saved dataset keeps its ``:split``."""
-    path, _, split = source.rpartition(":")
-    if Path(source).exists():
+    """``source`` with its paths made absolute, if it is made of paths. A split of a folder keeps its ``:split``."""
+    if os.path.exists(source):
         return str(Path(source).resolve())
-    return f"{Path(path).resolve()}:{split}" if path and Path(path).exists() else source
+    if BETWEEN in source:
+        return BETWEEN.join(map(absolute, source.split(BETWEEN)))
+    if within := _within(source):
+        return ":".join([str(within[0].resolve()), *within[1]])
+    return os.path.abspath(source) if _matching(source) else source
+
+
+def exists(source: str) -> bool:
+    """Whether the files of a source, which is recorded in a manifest, are there."""
+    pieces = source.split(BETWEEN)
+    return all(os.path.exists(piece) or bool(_within(piece) or _matching(piece)) for piece in pieces)
 
 
 def corpus_name(source: str) -> str:
     """A short name for the corpus ``source``, used in default names of parts and runs."""
     if source == "-":
         return "stdin"
-    name = Path(source.rstrip("/")).name
-    for suffix in (".gz", ".zst", ".jsonl", ".ndjson", ".parquet", ".csv", ".txt"):
+    path = Path(source.split(BETWEEN)[0].rstrip("/"))
+    name = path.name
+    for suffix in (".gz", ".zst", ".jsonl", ".ndjson", ".parquet", ".csv", ".txt", *FORMS):
         name = name.removesuffix(suffix)
-    return name
+    return re.sub(r"[*?\[\]]+", "", name).strip("-_.") or path.parent.name if glob.has_magic(name) else name
 
 
-def _locate_folder(folder: Path, split: str | None) -> tuple[Form, list[Path]]:
-    """The form and the files of a folder: token shards, a saved dataset, or data files of one form."""
+def _locate_several(sources: Sequence[str]) -> tuple[Form, list[Path]]:
+    """The files of several sources, in their order."""
+    found: dict[Path, str] = {}
+    first: Form | None = None
+    for source in sources:
+        form, files = _locate(source)
+        if first is None:
+            first = form
+        if isinstance(form, DatasetForm) or form.name == "token-shards":
+            raise CorpusError(f"{source}: one of several sources has to be a file, a folder of files or a pattern")
+        if form != first:
+            raise CorpusError(f"{source}: expected files of one form, found {form.name} after {first.name}")
+        for file in files:
+            if file.resolve() in found:
+                raise CorpusError(f"{file}: is given twice, by {found[file.resolve()]} and by {source}")
+            found[file.resolve()] = source
+    assert first is not None
+    return first, list(found)
+
+
+def _locate_key(source: str, path: Path, names: Sequence[str]) -> tuple[Form, list[Path]]:
+    """The rows under a key of a JSON document."""
+    form = form_of(path)
+    if not isinstance(form, JsonForm) or len(names) > 1:
+        raise CorpusError(
+            f"{source}: a split is for a saved DatasetDict, or a folder with files of splits; {path} is a file"
+        )
+    refuse_pointers([path])
+    return JsonForm(form.name, key=names[0]), [path]
+
+
+def _may_hold_data(file: Path) -> bool:
+    return (
+        file.suffix.lower() not in NOT_DATA
+        and file.name not in INFOS
+        and not file.name.startswith(".")
+        and file.is_file()
+    )
+
+
+def _one_form(source: object, files: Iterable[Path]) -> tuple[Form, list[Path]]:
+    """(form, files) of files that have one form."""
+    files = list(files)
+    forms: dict[str, Form] = {}
+    for file in files:
+        form = _form(file)
+        if form is None:
+            raise CorpusError(f"{file}: unsupported form {file.suffix!r} in a folder of data; {SUPPORTED}")
+        forms[form.name] = form
+    if len(forms) > 1:
+        raise CorpusError(f"{source}: expected files of one form, found {', '.join(sorted(forms))}")
+    refuse_pointers(files)
+    return forms.popitem()[1], files
+
+
+def _locate_folder(folder: Path, names: Sequence[str]) -> tuple[Form, list[Path]]:
+    """The form and the files of a folder: token shards, a saved dataset, a dataset as the hub has it, or data files of
+    one form. ``names`` are its split, if one is given, or its configuration and its split.
+    """
+    source = ":".join([str(folder), *names])
     if (folder / "shards.json").is_file():
         from ghoststore.tokens.form import ShardsForm
         from ghoststore.tokens.shards import TokenShards
 
-        if split is not None:
-            raise CorpusError(f"{folder}:{split}: a split is for a saved DatasetDict; {folder} holds token shards")
+        if names:
+            raise CorpusError(f"{source}: a split is for a saved DatasetDict; {folder} holds token shards")
         return ShardsForm(TokenShards.open(folder, verify_on_read=True)), [folder]
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _locate_saved(folder, split)
-    if split is not None:
-        raise CorpusError(f"{folder}:{split}: a split is for a saved DatasetDict; {folder} is a plain folder")
-    files = [f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")]
-    files = sorted((f for f in files if f.suffix.lower() not in NOT_DATA), key=lambda f: f.name)
-    forms: dict[str, Form] = {}
-    for file in files:
-        form = form_of(file)
-        if form is None:
-            raise CorpusError(f"{file}: unsupported form {file.suffix!r} in a folder of data; {SUPPORTED}")
-        forms[form.name] = form
-    if not forms:
+        return _locate_saved(folder, ":".join(names) or None)
+    files = sorted(filter(_may_hold_data, folder.iterdir()), key=lambda file: file.name)
+    if names or is_hub_folder(folder, bool(files)):
+        return _one_form(source, files_of_split(folder, names))
+    if not files:
         raise CorpusError(f"{folder}: no data files in this folder (subfolders are not read); {SUPPORTED}")
-    if len(forms) > 1:
-        raise CorpusError(f"{folder}: expected files of one form, found {', '.join(sorted(forms))}")
-    return forms.popitem()[1], files
+    return _one_form(folder, files)
 
 
 def _locate_saved(folder: Path, split: str | None) -> tuple[Form, list[Path]]:
@@ -123,15 +219,16 @@ def _locate_saved(folder: Path, split: str | None) -> tuple[Form, list[Path]]:
     return DatasetForm(loaded[split]), [folder / split]
 
 
-def _locate_on_hub(source: str, name: str, split: str) -> tuple[Form, list[Path]]:
+def _locate_on_hub(source: str, name: str, config: str | None, split: str) -> tuple[Form, list[Path]]:
     import datasets
 
     missing = f"{source}: no such path exists"
     try:
-        loaded: Any = datasets.load_dataset(name, split=split)
+        loaded: Any = datasets.load_dataset(name, *([] if config is None else [config]), split=split)
     except ConnectionError as error:
         raise CorpusError(f"{missing}, and the Hugging Face hub could not be reached: {error}") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise CorpusError(f"{missing}, and the Hugging Face hub does not give it: {error}") from error
+        advice = f". Name one so: {name}:CONFIG:{split}" if "Config name is missing" in str(error) else ""
+        raise CorpusError(f"{missing}, and the Hugging Face hub does not give it: {error}{advice}") from error
     cached = sorted({Path(entry["filename"]).parent for entry in loaded.cache_files})
     return DatasetForm(loaded), cached[:1] or [Path(source)]

@@ -10,14 +10,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ghoststore.corpus.fields import RowError
 from ghoststore.corpus.formats.base import Form, KeyedRow
 from ghoststore.corpus.formats.dataset import DatasetForm
-from ghoststore.corpus.locate import absolute, corpus_name
+from ghoststore.corpus.locate import BETWEEN, absolute, corpus_name
+from ghoststore.corpus.values import RowError
 from ghoststore.errors import CorpusError, UsageError
-from ghoststore.settings.shared import Data, in_memory
+from ghoststore.settings.shared import Data, in_memory, is_paths
 
-WHAT = "a path, or a list of texts or of dicts, a datasets.Dataset, a pandas DataFrame or an Arrow table"
+WHAT = "a path, or a list of paths, of texts or of dicts, a datasets.Dataset, a pandas DataFrame or an Arrow table"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,8 @@ def source_of(data: Data) -> Source:
         return str(data)
     if isinstance(data, MemoryData):
         return data
+    if is_paths(data):
+        return BETWEEN.join(map(str, data))  # type: ignore[call-overload]
     if _is_table(data):
         return MemoryData(_named(data), DatasetForm(_dataset(data)))
     if isinstance(data, Mapping):
@@ -122,8 +124,7 @@ def _refuse_paths(items: Sequence[object]) -> None:
         and all(isinstance(item, str) and len(item) < 256 and os.path.exists(item) for item in items)
     ):
         raise UsageError(
-            f"a list holds texts, and {str(items[0])!r:.100} is a path: give one path that is no list (a folder for "
-            "several files)"
+            f"a list holds texts, and {str(items[0])!r:.100} is a path: for several files give a list of pathlib.Path"
         )
 
 
@@ -161,7 +162,7 @@ def source_name(data: Data | None) -> str:
 
 def part_word(data: Data) -> str:
     """A short word for ``data`` in default names of parts and runs."""
-    return "memory" if in_memory(data) else corpus_name(str(data))
+    return "memory" if in_memory(data) else corpus_name(str(source_of(data)))
 
 
 def recorded(source: Source) -> str:
@@ -171,7 +172,6 @@ def recorded(source: Source) -> str:
 
 def same_source(first: Data, second: Data) -> bool:
     """Whether two val sets are the same one."""
-    paths = [isinstance(data, str | PurePath) for data in (first, second)]
-    if all(paths):
-        return absolute(str(first)) == absolute(str(second))
+    if not (in_memory(first) or in_memory(second)):
+        return absolute(str(source_of(first))) == absolute(str(source_of(second)))
     return first is second or (isinstance(first, list) and isinstance(second, list) and first == second)

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ghoststore.corpus.corpus import Corpus, Position
-from ghoststore.corpus.fields import RowError
 from ghoststore.corpus.formats.arrow import wanted
+from ghoststore.corpus.formats.arrow_file import ArrowForm
 from ghoststore.corpus.formats.dataset import DatasetForm
+from ghoststore.corpus.formats.json_document import JsonForm
 from ghoststore.corpus.formats.parquet import ParquetForm
 from ghoststore.corpus.formats.text import TextForm
+from ghoststore.corpus.values import RowError
 from ghoststore.errors import CorpusError, MismatchError
 
 ONE_FILE = "one file cannot hold both: give `out` a .jsonl file"
@@ -33,14 +35,14 @@ class SourceRows:
 
     @property
     def form(self) -> str:
-        """The form of the corpus, without the compression: jsonl, csv, txt, parquet, dataset or token-shards."""
+        """The form of the corpus, without the compression: jsonl, json, csv, tsv, txt, parquet, dataset, …"""
         return self.corpus.form.partition(".")[0]
 
     def header(self) -> bytes:
         """For text forms: the bytes before the first row. CorpusError if they differ between files of the corpus."""
         first: bytes | None = None
         for form, path, _ in self.corpus.at(self.places):
-            assert isinstance(form, TextForm)
+            assert isinstance(form, TextForm | JsonForm)
             header = form.header(path)
             if first is not None and header.strip() != first.strip():
                 raise CorpusError(f"{path}: expected the header {first!r:.200} of the files before it; {ONE_FILE}")
@@ -48,25 +50,27 @@ class SourceRows:
         return first or b""
 
     def lines(self) -> Iterator[bytes]:
-        """For text forms: the bytes of every row. A missing line ending is added."""
+        """For text forms: the bytes of every row. A missing line ending is added to lines."""
         for form, path, keyed in self.corpus.at(self.places):
-            assert isinstance(form, TextForm)
+            assert isinstance(form, TextForm | JsonForm)
             for key, row, record in form.records(path, list(keyed)):
                 self._check(path, keyed.pop(key), row)
-                yield record if record.endswith(b"\n") else record + b"\n"
+                yield record if isinstance(form, JsonForm) or record.endswith(b"\n") else record + b"\n"
             self._refuse_missing(path, keyed)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every row as a dictionary of all its fields."""
-        if self.form == "jsonl":
+        if self.form in ("jsonl", "json"):
             return map(_exact, self.lines())
         return self._picked(None)
 
     def schema(self) -> Any:
-        """For parquet files and datasets: the Arrow schema. CorpusError if it differs between files of the corpus."""
+        """For parquet and Arrow files and datasets: the Arrow schema. CorpusError if it differs between files of the
+        corpus.
+        """
         first: Any = None
         for form, path, _ in self.corpus.at(self.places):
-            assert isinstance(form, ParquetForm | DatasetForm)
+            assert isinstance(form, ParquetForm | ArrowForm | DatasetForm)
             schema = form.schema(path)
             if first is not None and not schema.equals(first):
                 raise CorpusError(f"{path}: expected the columns and types of the files before it; {ONE_FILE}")
@@ -74,13 +78,13 @@ class SourceRows:
         return first
 
     def tables(self) -> Iterator[Any]:
-        """For parquet files and datasets: the rows as Arrow tables with all columns."""
+        """For parquet and Arrow files and datasets: the rows as Arrow tables with all columns."""
         for form, path, keyed in self.corpus.at(self.places):
             if isinstance(form, DatasetForm):
                 self.check()
                 yield form.dataset.select(list(keyed)).with_format("arrow")[:]
                 continue
-            assert isinstance(form, ParquetForm)
+            assert isinstance(form, ParquetForm | ArrowForm)
             for first, inside, table in form.groups(path, None, list(keyed)):
                 chosen = table.take([key - first for key in inside])
                 columns = wanted(self.corpus.resolved.columns(), chosen.column_names)

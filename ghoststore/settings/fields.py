@@ -1,12 +1,13 @@
 """The options that name the fields of a row."""
 
+import codecs
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from ghoststore.errors import UsageError
 from ghoststore.settings.option import check_at_least, option
 
-ContentKind: TypeAlias = Literal["text", "prompt-completion", "messages", "tokens"]
+ContentKind: TypeAlias = Literal["text", "prompt-completion", "messages", "chat-completion", "tokens"]
 MOST_RECORD_BYTES = 1 << 40
 LARGEST_RECORD = 64 << 20
 ROLES = ("text", "prompt", "completion", "messages", "id", "domain")
@@ -15,7 +16,27 @@ CONTENT_FIELDS: dict[ContentKind, tuple[str, ...]] = {
     "prompt-completion": ("prompt", "completion"),
     "messages": ("messages",),
 }
-"""For each kind of content the fields that a user may name. "tokens" has none."""
+"""For each kind of content the fields that a user may name. "tokens" has none, and
+"chat-completion" is that of a prompt and a completion that are lists of messages.
+"""
+
+
+def check_text_options(encoding: object, delimiter: object) -> None:
+    """UsageError for an encoding that Python does not know, and for a delimiter that is not one character."""
+    if encoding is not None:
+        try:
+            codec = codecs.lookup(str(encoding))
+        except (LookupError, ValueError):
+            raise UsageError(f"`fields.encoding` {encoding!r} is unknown; known: utf-8, utf-16, cp1252, …") from None
+        if not codec._is_text_encoding:  # rot13, base64 and the like
+            raise UsageError(f"`fields.encoding` {encoding!r} is no encoding of text")
+    if delimiter is not None and not (isinstance(delimiter, str) and len(delimiter) == 1 and delimiter not in '"\r\n'):
+        raise UsageError(f"`fields.delimiter` must be one character, not {delimiter!r}")
+
+
+def delimiter_word(word: str) -> str:
+    """The delimiter that a word of the command line means."""
+    return {"tab": "\t", "\\t": "\t"}.get(word, word)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +71,15 @@ class Fields:
     max_record_bytes: int = option(
         LARGEST_RECORD, "Largest line, CSV record or row of a table; a larger one is refused.", "Advanced"
     )
+    encoding: str | None = option(
+        None, "Encoding of text files, such as cp1252 (default: that of the byte order mark, else UTF-8).", "Input"
+    )
+    delimiter: str | None = option(
+        None,
+        "Character between the cells of csv files, or the word tab (default: a comma; of .tsv a tab).",
+        "Input",
+        parse=delimiter_word,
+    )
     domain_parameter: str = option(
         "fields.domain", "The parameter that named the domain, for messages.", "Input", python_only=True
     )
@@ -60,6 +90,7 @@ class Fields:
             raise UsageError(
                 f"`fields.max_record_bytes` must be at most {MOST_RECORD_BYTES}, not {self.max_record_bytes}"
             )
+        check_text_options(self.encoding, self.delimiter)
         kinds = [kind for kind, names in CONTENT_FIELDS.items() if any(getattr(self, n) is not None for n in names)]
         if len(kinds) > 1:
             roles = [role for kind in kinds for role in CONTENT_FIELDS[kind]]

@@ -28,8 +28,8 @@ class InMemory(Protocol):
     def save_pretrained(self) -> Any: ...
 
 
-Data: TypeAlias = str | Path | Sequence[str] | Sequence[Mapping[str, object]] | Sized
-"""A path; or texts, dictionaries, or a table in memory (`datasets.Dataset`, pandas, Arrow)."""
+Data: TypeAlias = str | Path | Sequence[Path] | Sequence[str] | Sequence[Mapping[str, object]] | Sized
+"""A path or several; or texts, dictionaries, or a table in memory (`datasets.Dataset`, pandas, Arrow)."""
 Checkpoint: TypeAlias = str | Path | InMemory
 """A folder in transformers' format or a hub id; or a loaded model."""
 TokenizerSource: TypeAlias = str | Path | InMemory
@@ -37,8 +37,13 @@ TokenizerSource: TypeAlias = str | Path | InMemory
 
 
 def in_memory(given: object) -> bool:
-    """Whether ``given`` is an object in memory, and not a path, a name or None."""
-    return given is not None and not isinstance(given, str | Path)
+    """Whether ``given`` is an object in memory, and not a path, several paths, a name or None."""
+    return given is not None and not isinstance(given, str | Path) and not is_paths(given)
+
+
+def is_paths(given: object) -> bool:
+    """Whether ``given`` is a list of paths: `pathlib` objects, since strings in a list are texts."""
+    return isinstance(given, list | tuple) and bool(given) and all(isinstance(path, Path) for path in given)
 
 
 def is_stdin(data: Data | None) -> bool:
@@ -89,7 +94,12 @@ class CorpusOptions(FieldsOption):
     """The options for a corpus."""
 
     data: Data = field(
-        metadata=about("Corpus: jsonl, gz, zst, parquet, csv, txt, token shards, a folder, or -.", "Input")
+        metadata=about(
+            "Corpus: a file (jsonl, json, csv, parquet, …; gz, zst), a folder, a quoted pattern, or -; repeatable.",
+            "Input",
+            repeated=True,
+            metavar="PATH",
+        )
     )
 
 
@@ -101,6 +111,8 @@ class BehindOption:
         None,
         "The corpus the rows were made of, for their texts and tokens (default: where your own command read it).",
         "Input",
+        repeated=True,
+        metavar="PATH",
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ghoststore.corpus.fields import Tokenized
+from ghoststore.corpus.content import Tokenized
 from ghoststore.corpus.repeated import Repeated
 from ghoststore.errors import CheckpointError, CorpusError, CorruptError
 from ghoststore.store.base.records import check_file

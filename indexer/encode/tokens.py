@@ -22,8 +22,8 @@ from ghoststore.corpus import BESIDE_MESSAGES, Messages, PromptCompletion, Sampl
 from ghoststore.errors import CorpusError, MismatchError, UsageError
 from ghoststore.settings.shared import Overlong as Overlong
 from ghoststore.store.part.status import Status
-from indexer.encode.template_date import clock_at, date_for
-from indexer.encode.template_steps import bounded
+from indexer.encode.chat_texts import chat_text, prompted_text
+from indexer.encode.template_date import date_for
 from indexer.encode.whole_text import WholeTexts
 
 SAMPLES_AT_ONCE = 256
@@ -90,7 +90,8 @@ class Tokenizer:
     ``vocabulary`` is the number of ids that the model's embedding has rows for (`embedding_rows`); None if the tokens
     are not for a model. ``note`` gets one message if the chat template leaves out tools or documents. ``of_part`` says
     that the tokenizer is fixed by a part, which changes the advice in errors. ``template_date`` is the date for a chat
-    template that writes one (default: today).
+    template that writes one (default: today). ``takes_ids`` says that ids whose tokenizer nobody names are taken for
+    its own.
     """
 
     def __init__(
@@ -101,8 +102,10 @@ class Tokenizer:
         note: Callable[[str], None] | None = None,
         of_part: bool = False,
         template_date: str | None = None,
+        takes_ids: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
+        self.takes_ids = takes_ids
         self.vocabulary = vocabulary
         self.of_part = of_part
         self.template_date = date_for(tokenizer, template_date)
@@ -139,16 +142,33 @@ class Tokenizer:
         tokenizer has no offsets. Notes tools and documents that the chat template leaves out.
         """
         self._note_left_out(sample)
-        if isinstance(sample.content, PromptCompletion):
+        content = sample.content
+        if isinstance(content, PromptCompletion) or (isinstance(content, Messages) and content.prompt):
             self._whole_texts.refuse_without_offsets()
         if isinstance(sample.content, Tokenized):
             identity = sample.content.vocabulary.tokenizer_identity
-            if identity["fingerprint"] != self.identity["fingerprint"]:
+            if not identity:
+                self._check_nameless(sample, sample.content)
+            elif identity["fingerprint"] != self.identity["fingerprint"]:
                 raise MismatchError(
                     f"sample {sample.id!r} comes from token shards of another tokenizer than the checkpoint's:\n"
                     f"{tokenizer_lines(identity, self.identity)}\n"
                     "Tokenize the corpus again with the tokenizer of this checkpoint"
                 )
+
+    def _check_nameless(self, sample: Sample, content: Tokenized) -> None:
+        if not self.takes_ids:
+            source = str(sample.place).partition(", row ")[0] if sample.place else "PATH"
+            raise UsageError(
+                f"{sample}: token ids, and nothing says which tokenizer made them. Say it once, and use the shards: "
+                f"ghoststore tokenize --data {source} --tokenizer TOKENIZER --out SHARDS"
+            )
+        largest = int(content.ids.max(initial=-1))
+        if largest >= self.size:
+            raise UsageError(
+                f"{sample}: has the token {largest}, and the tokenizer has ids up to {self.size - 1}: it is not the "
+                "one that made them"
+            )
 
     def refuse_beyond(self, tokens: Tokens, sample_id: str, source_row: int) -> None:
         """UsageError if one of ``tokens`` has no row in the model's embedding."""
@@ -194,31 +214,39 @@ class Tokenizer:
         MismatchError for tokens of another tokenizer; UsageError for prompts with completions if the tokenizer has no
         offsets.
         """
-        kinds = {type(sample.content) for sample in samples}
-        if Tokenized in kinds:
-            return [self._given(sample) for sample in samples]
-        if PromptCompletion in kinds:
-            empty = PromptCompletion("", "")
-            pairs = [sample.content if isinstance(sample.content, PromptCompletion) else empty for sample in samples]
-            encoded = [(ids, max(1, first)) for ids, first in self._whole_texts.encode(pairs)]
-        elif Messages in kinds:
-            for sample in samples:
+        encoded = [(NO_TOKENS, 1)] * len(samples)
+        texts: dict[int, str] = {}
+        chats: dict[int, str] = {}
+        pairs: dict[int, PromptCompletion] = {}
+        prompted: dict[int, PromptCompletion] = {}
+        for place, sample in enumerate(samples):
+            content = sample.content
+            if isinstance(content, Tokenized):
+                self.check(sample)
+                encoded[place] = (content.ids, content.first_target)
+            elif content is None or not any(sample.texts()):
+                continue
+            elif isinstance(content, PromptCompletion):
+                pairs[place] = content
+            elif isinstance(content, str):
+                texts[place] = content
+            elif content.prompt:
+                prompted[place] = prompted_text(self.tokenizer, sample, content, self.template_date)
+            else:
                 self._note_left_out(sample)
-            encoded = [(ids, 1) for ids in self._ids([self._chat(sample) for sample in samples], special=False)]
-        else:
-            texts = [sample.content if isinstance(sample.content, str) else "" for sample in samples]
-            encoded = [(ids, 1) for ids in self._ids(texts, special=True)]
-        return [
-            (NO_TOKENS, 1) if sample.content is None or not any(sample.texts()) else pair
-            for sample, pair in zip(samples, encoded, strict=True)
-        ]
-
-    def _given(self, sample: Sample) -> tuple[Tokens, int]:
-        self.check(sample)
-        content = sample.content
-        return (content.ids, content.first_target) if isinstance(content, Tokenized) else (NO_TOKENS, 1)
+                chats[place] = self._chat(sample)
+        for few, special in ((texts, True), (chats, False)):
+            for place, ids in zip(few, self._ids(list(few.values()), special=special), strict=True):
+                encoded[place] = (ids, 1)
+        for some, special in ((pairs, True), (prompted, False)):
+            cut = self._whole_texts.encode(list(some.values()), special=special) if some else []
+            for place, (ids, first) in zip(some, cut, strict=True):
+                encoded[place] = (ids, max(1, first))
+        return encoded
 
     def _ids(self, texts: list[str], *, special: bool) -> list[Tokens]:
+        if not texts:
+            return []
         encoded = self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
         return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 
@@ -230,34 +258,18 @@ class Tokenizer:
         for name in BESIDE_MESSAGES:
             if name not in self._tried and getattr(content, name):
                 self._tried.add(name)
-                others = (None if field == name else getattr(content, field) for field in BESIDE_MESSAGES)
-                without = replace(sample, content=Messages(content.messages, *others))
-                if self._chat(without) == self._chat(sample):
+                lacking: dict[str, Any] = {name: None}
+                if self._chat(sample, replace(content, **lacking)) == self._chat(sample):
                     self.note(
                         f"sample {sample.id!r} has {name}, and the tokenizer's chat template leaves them out: they are "
                         f"in no text. Give the tokenizer a template that prints {name}"
                     )
 
-    def _chat(self, sample: Sample) -> str:
-        """The text that the chat template makes of the messages of ``sample``. CorpusError if it refuses them."""
-        if not isinstance(sample.content, Messages):
-            return ""
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            raise CorpusError(
-                f"sample {sample.id!r} is a list of messages, but the tokenizer has no chat template; set "
-                "tokenizer.chat_template and save it, or give `fields.text`"
-            )
-        import jinja2
-
-        fields = sample.content.to_json()
-        try:
-            tools = fields.get("tools")
-            with bounded(self.tokenizer, tools), clock_at(self.tokenizer, self.template_date, tools):
-                return str(self.tokenizer.apply_chat_template(fields.pop("messages"), tokenize=False, **fields))
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-            raise CorpusError(f"sample {sample.id!r}: the chat template refuses its messages: {error}") from error
-        except (RecursionError, MemoryError) as error:
-            raise CorpusError(f"sample {sample.id!r}: the chat template does not end: {error!r:.200}") from error
+    def _chat(self, sample: Sample, conversation: Messages | None = None) -> str:
+        """The text of the conversation of ``sample``, or of another one in its place."""
+        conversation = conversation or sample.content  # type: ignore[assignment]
+        assert conversation is not None
+        return chat_text(self.tokenizer, sample, conversation, self.template_date)
 
 
 def windows(length: int, max_length: int) -> list[tuple[int, int]]:

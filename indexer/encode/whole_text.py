@@ -38,9 +38,9 @@ class WholeTexts:
                 "library. Save it as a tokenizer.json, or give whole texts (`fields.text`) or `fields.messages`"
             )
 
-    def encode(self, pairs: Sequence[PromptCompletion]) -> list[tuple[NDArray[np.int32], int]]:
+    def encode(self, pairs: Sequence[PromptCompletion], *, special: bool = True) -> list[tuple[NDArray[np.int32], int]]:
         """(tokens of prompt + completion, `first_target`) of each pair, with the special tokens that the tokenizer
-        adds.
+        adds, if ``special``.
 
         UsageError for a tokenizer without offsets.
         """
@@ -48,7 +48,7 @@ class WholeTexts:
         texts = [pair.prompt + pair.completion for pair in pairs]
         encoded = self._tokenizer(
             texts,
-            add_special_tokens=True,
+            add_special_tokens=special,
             return_offsets_mapping=True,
             return_special_tokens_mask=True,
             return_attention_mask=False,

@@ -131,12 +131,19 @@ def tokenize_as_of(options: TokenizeOptions, template_date: str | None) -> Token
     text_tokenizer = load_tokenizer(find_tokenizer(options.tokenizer))
     loaded = time.perf_counter()
     with open_corpus(options.data, options.fields or Fields(), progress) as corpus:
-        if corpus.resolved.kind == "tokens":
+        if corpus.form == "megatron":
+            progress.note(
+                f"{corpus.source}: nothing there says which tokenizer made its ids: the ids are taken for those of the "
+                "tokenizer that is given"
+            )
+        elif corpus.resolved.kind == "tokens":
             raise UsageError(f"{corpus.source} holds tokens already; give the corpus that they were made of")
         if options.domains:
             corpus = corpus.only(options.domains)
         span_rows = options.shard_samples or DEFAULT_SHARD_SAMPLES
-        own = Tokenizer(text_tokenizer, note=progress.note, template_date=template_date or date_in(folder))
+        own = Tokenizer(
+            text_tokenizer, note=progress.note, template_date=template_date or date_in(folder), takes_ids=True
+        )
         plan = plan_corpus(corpus, own, WHOLE, span_rows=span_rows, max_samples=options.max_samples, progress=progress)
         _refuse_unknown(corpus, plan, options.max_samples)
         scanned = time.perf_counter()

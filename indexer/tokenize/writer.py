@@ -80,7 +80,7 @@ class ShardWriter:
         self.job = job
         corpus = Corpus.open(job.source, job.fields)
         self._corpus = corpus if job.only_domains is None else corpus.only(job.only_domains)
-        self._tokenizer = Tokenizer(load_own_tokenizer(job.folder), template_date=job.template_date)
+        self._tokenizer = Tokenizer(load_own_tokenizer(job.folder), template_date=job.template_date, takes_ids=True)
         self._sizes = [stop - start for start, stop in map(job.layout.span_of, range(job.layout.shards))]
 
     def write(self, shards: Sequence[int]) -> Generator[Written]:

@@ -121,7 +121,7 @@ class Task:
         shards = Path(corpus.source)
         if not is_shards(corpus.origin):
             shards = out / "tokens"
-            names = ("text", "prompt", "completion", "messages", "id", "domain")
+            names = ("text", "prompt", "completion", "messages", "id", "domain", "encoding", "delimiter")
             options = TokenizeOptions(
                 data=corpus.origin,
                 tokenizer=tokenizer_source(tokenizer),

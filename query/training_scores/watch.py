@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ghoststore.corpus import source_of
+from ghoststore.corpus.locate import exists
 from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
 from ghoststore.settings.keywords import takes
@@ -265,7 +267,7 @@ class Watcher:
             return False
         recorded = source.get("corpus")
         path = self._data or (recorded if is_own(run.manifest) else None)
-        return recorded is not None if path is None else in_memory(path) or Path(str(path)).exists()
+        return recorded is not None if path is None else in_memory(path) or exists(str(source_of(path)))
 
     def _trends(self) -> list[DomainTrend]:
         times, weighted, negative = (self._curves.domain_sums(name) for name in ("times", "weighted", "negative"))

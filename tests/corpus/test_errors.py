@@ -54,11 +54,11 @@ def test_bad_first_line(line: bytes, tmp_path: Path) -> None:
     assert "bad.jsonl, line 1: " in message(tmp_path / "bad.jsonl")
 
 
-@pytest.mark.parametrize("value", [True, 1.5, None, ["a"], 2**70])
+@pytest.mark.parametrize("value", [True, ["a"], {"a": 1}])
 def test_bad_id(value: Any, tmp_path: Path) -> None:
     rows = [{"text": "a", "id": 1}, {"text": "a", "id": value}]
     (tmp_path / "bad.jsonl").write_bytes(jsonl_bytes(rows))
-    assert "line 2: field 'id': expected a string or an integer, found" in message(tmp_path / "bad.jsonl")
+    assert "line 2: field 'id': expected a string, a number or null, found" in message(tmp_path / "bad.jsonl")
 
 
 @pytest.mark.parametrize("value", [[], "hi", ["hi"], [{"role": "u"}], [{"content": "x"}], [{"role": 1, "content": ""}]])
@@ -143,13 +143,13 @@ def test_empty(name: str, tmp_path: Path) -> None:
 def test_sources_that_are_no_corpus(tmp_path: Path) -> None:
     assert "nothing.jsonl: does not exist" in message(tmp_path / "nothing.jsonl")
     assert "does not exist; for a dataset of the hub, add its split: org/name:train" in message("org/name")
-    for name in ("a.json", "a.jsonl.bz2", "a"):
+    for name in ("a.yaml", "a.jsonl.bz2", "a"):
         (tmp_path / name).write_bytes(GOOD)
         assert ".jsonl.zst" in message(tmp_path / name)
         assert "unsupported form" in message(tmp_path / name)
     (tmp_path / "b.jsonl").write_bytes(GOOD)
     assert "a split is for a saved DatasetDict" in message(f"{tmp_path}/b.jsonl:train")
-    assert "a split is for a saved DatasetDict" in message(f"{tmp_path}:train")
+    assert "unsupported form '.bz2'" in message(f"{tmp_path}:train")
     with pytest.raises(UsageError, match="standard input"):
         Corpus.open("-")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import pyarrow
+import pyarrow.feather
 import pyarrow.parquet
 import pytest
 import zstandard
@@ -29,7 +30,17 @@ NESTED = [
     for i in range(11)
 ]
 CHOSEN = [0, 3, 4, 7, 10]
-SUFFIX = {"parquet": ".parquet", "csv": ".csv", "dataset": "", "txt": ".txt"}
+SUFFIX = {
+    "parquet": ".parquet",
+    "csv": ".csv",
+    "tsv": ".tsv",
+    "dataset": "",
+    "txt": ".txt",
+    "jsonl": ".jsonl",
+    "json": ".json",
+    "arrow": ".arrow",
+    "feather": ".feather",
+}
 
 
 def source_rows(source: str | Path, rows: Sequence[int] = CHOSEN) -> SourceRows:
@@ -51,6 +62,10 @@ def read(path: Path) -> list[dict[str, Any]]:
     """All fields of all rows, by the libraries that users read them with."""
     if path.is_dir():
         return datasets.load_from_disk(str(path)).to_list()
+    if path.suffix == ".arrow":
+        return pyarrow.ipc.open_stream(str(path)).read_all().to_pylist()
+    if path.suffix == ".feather":
+        return pyarrow.feather.read_table(path).to_pylist()
     if path.suffix == ".parquet":
         return pyarrow.parquet.read_table(path).to_pylist()
     return [row for _, row in Corpus.open(str(path))._form.rows(path, None, 0)]
@@ -73,8 +88,12 @@ def test_own_form(write: Write, tmp_path: Path, form: str, order: list[int] | No
 
 
 @pytest.mark.thin
-@pytest.mark.parametrize("form", ["jsonl", "jsonl.zst", "parquet", "dataset", "folder-parquet", "csv"])
-@pytest.mark.parametrize("out", ["out.jsonl", "out.ndjson.gz", "out.jsonl.zst", "out.parquet", "out"])
+@pytest.mark.parametrize(
+    "form", ["jsonl", "jsonl.zst", "json", "parquet", "feather", "dataset", "folder-parquet", "csv"]
+)
+@pytest.mark.parametrize(
+    "out", ["out.jsonl", "out.ndjson.gz", "out.jsonl.zst", "out.json", "out.parquet", "out.arrow", "out"]
+)
 def test_another_form(write: Write, tmp_path: Path, form: str, out: str) -> None:
     """Every value stays what it was."""
     rows = ROWS if form == "csv" else NESTED
@@ -240,7 +259,7 @@ def test_a_row_that_is_gone(write: Write, tmp_path: Path, form: str) -> None:
     [
         ("jsonl", "out.csv", r"out\.csv`: rows of data \(jsonl\) cannot be written as csv; give .jsonl, .parquet or"),
         ("csv", "out.txt", r"cannot be written as txt; give .jsonl, .parquet or a folder, or .csv"),
-        ("parquet", "out.arrow", r"out\.arrow`: expected a name that ends in .jsonl, .jsonl.gz"),
+        ("parquet", "out.orc", r"out\.orc`: expected a name that ends in .jsonl, .jsonl.gz"),
         ("token-shards", "out.jsonl", "data holds token shards: .* Build a part of the corpus itself"),
     ],
 )

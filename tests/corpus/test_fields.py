@@ -132,7 +132,7 @@ def test_canonical_bytes_are_fixed() -> None:
     assert 0 <= sample.digest() < 1 << 64
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if "csv" not in form])
+@pytest.mark.parametrize("form", [form for form in FORMS if "csv" not in form and form != "tsv"])
 def test_structured_content_in_every_form(form: str, write: Write) -> None:
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     chats = list(Corpus.open(write(form, [{"messages": turns, "id": i} for i in range(4)])).samples())

@@ -155,8 +155,8 @@ def test_refused_is_what_is_no_data(tmp_path: Path) -> None:
         "splits": (datasets.DatasetDict(), "give one of its splits"),
         "bytes": (b"abc", "give a path, or a list"),
         "number": (3, "give a path, or a list"),
-        "paths": ([path], "is a path"),
-        "names": ([str(path)], "is a path"),
+        "a path among texts": ([path, "text"], "is a path"),
+        "names": ([str(path)], "is a path: for several files give a list of pathlib.Path"),
     }.values():
         with pytest.raises(UsageError, match=words):
             source_of(given)  # type: ignore[arg-type]

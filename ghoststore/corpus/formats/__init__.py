@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ghoststore.corpus.formats.arrow_file import ArrowForm
 from ghoststore.corpus.formats.base import Form
+from ghoststore.corpus.formats.delimited import table_rows
+from ghoststore.corpus.formats.json_document import json_forms
 from ghoststore.corpus.formats.parquet import ParquetForm
-from ghoststore.corpus.formats.text import csv_rows, json_rows, text_forms, text_rows
+from ghoststore.corpus.formats.text import json_rows, text_forms, text_rows
 
 FORMS: dict[str, Form] = {
     **text_forms("jsonl", json_rows, ".jsonl", ".ndjson"),
-    **text_forms("csv", csv_rows, ".csv"),
+    **json_forms(),
+    **text_forms("csv", table_rows, ".csv", delimiter=","),
+    **text_forms("tsv", table_rows, ".tsv", ".tab", delimiter="\t"),
     **text_forms("txt", text_rows, ".txt"),
     ".parquet": ParquetForm(),
+    **dict.fromkeys((".arrow", ".feather", ".ipc"), ArrowForm()),
 }
 
 

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ghoststore.corpus.fields import BESIDE_MESSAGES
+from ghoststore.corpus.content import BESIDE_MESSAGES
 from ghoststore.corpus.formats.base import KeyedRow, reading
 from ghoststore.corpus.formats.compressed import too_large
+from ghoststore.corpus.values import column_of
 from ghoststore.errors import CorpusError
 
 ROWS_PER_BATCH = 1024
@@ -49,14 +50,17 @@ def batch_rows(table: Any, first: int, path: Path, largest: int | None = None) -
 
 
 def wanted(columns: Sequence[str] | None, names: Iterable[str]) -> list[str] | None:
-    """Those of ``columns`` that are among ``names``, the columns of the file.
+    """Those of ``names``, the columns of the file, that hold the fields ``columns``, each once.
 
     None, for all columns, if a required one is missing: the error about a row then shows which fields it has.
     """
-    available = set(names)
-    if columns is None or not set(columns) - available <= set(BESIDE_MESSAGES):
+    if columns is None:
         return None
-    return [name for name in columns if name in available]
+    available = set(names)
+    holding = {name: column_of(name, available) for name in columns}
+    if any(column is None for name, column in holding.items() if name not in BESIDE_MESSAGES):
+        return None
+    return list(dict.fromkeys(column for column in holding.values() if column is not None))
 
 
 def row_place(path: Path, key: int) -> str:

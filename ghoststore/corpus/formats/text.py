@@ -1,8 +1,7 @@
-"""Forms whose records are lines of UTF-8, possibly compressed: jsonl, csv and plain text."""
+"""Forms whose records are lines, possibly compressed: jsonl and plain text. `delimited` has the tables in text."""
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -12,22 +11,26 @@ from pathlib import Path
 import orjson
 
 from ghoststore.corpus.formats.base import Form, KeyedRow, reading
-from ghoststore.corpus.formats.compressed import BUFFER, open_bytes, too_large
+from ghoststore.corpus.formats.compressed import BUFFER, too_large
+from ghoststore.corpus.formats.encoded import open_utf8
+from ghoststore.corpus.formats.json_text import loads, not_utf8, why_invalid
 from ghoststore.errors import CorpusError
 
 BOM = b"\xef\xbb\xbf"
+PACKINGS = ("", ".gz", ".zst")
+_DOCUMENT = "a file that is one array, or whose objects go over several lines, is read where its name ends in .json"
 
 
 class Lines:
     """The lines of an open file with their endings, without a BOM. ``offset`` is the byte offset of the next line.
 
-    CorpusError for a line of more than ``largest`` bytes (None: no limit), before all of it is in memory.
+    CorpusError for a line of more bytes than a record of ``form`` may have, before all of it is in memory.
     """
 
-    def __init__(self, path: Path, stream: io.BufferedReader, largest: int | None = None) -> None:
+    def __init__(self, path: Path, stream: io.BufferedReader, form: TextForm) -> None:
         self.path = path
+        self.form = form
         self.offset = 0
-        self.largest = largest
         self._stream = stream
 
     def move_to(self, offset: int) -> None:
@@ -42,7 +45,7 @@ class Lines:
         self.offset = offset
 
     def __iter__(self) -> Iterator[bytes]:
-        read, most = self._stream.readline, -1 if self.largest is None else self.largest + 1
+        read, most = self._stream.readline, -1 if self.form.largest is None else self.form.largest + 1
         if self.offset == 0 and (line := read(most)):
             self.offset = len(line)
             self.check(0)
@@ -55,16 +58,20 @@ class Lines:
             yield line
 
     def check(self, begin: int) -> None:
-        """CorpusError if more than ``largest`` bytes were read since the beginning of the record, at ``begin``."""
-        if self.largest is not None and self.offset - begin > self.largest:
-            raise too_large(line_place(self.path, begin), self.largest, advice=True)
+        """CorpusError if more than the largest record was read since the beginning of the record, at ``begin``."""
+        if self.form.largest is not None and self.offset - begin > self.form.largest:
+            raise too_large(self.place(begin), self.form.largest, advice=True)
+
+    def place(self, offset: int) -> str:
+        """``file, line n`` for the line that begins at the byte ``offset``."""
+        return self.form.where(self.path, offset)
 
 
 class RecordedLines(Lines):
     """Lines that also keeps every line it has given."""
 
-    def __init__(self, path: Path, stream: io.BufferedReader, largest: int | None = None) -> None:
-        super().__init__(path, stream, largest)
+    def __init__(self, path: Path, stream: io.BufferedReader, form: TextForm) -> None:
+        super().__init__(path, stream, form)
         self.recorded: list[bytes] = []
 
     def __iter__(self) -> Iterator[bytes]:
@@ -78,24 +85,22 @@ def decode(line: bytes, lines: Lines) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError as error:
-        place = line_place(lines.path, lines.offset - len(line))
-        raise CorpusError(f"{place}: expected UTF-8, found byte 0x{line[error.start]:02x}") from None
+        raise CorpusError(f"{lines.place(lines.offset - len(line))}: {not_utf8(line, error)}") from None
 
 
-def line_place(path: Path, offset: int) -> str:
-    """``file, line n`` for the line that begins at the byte ``offset``. Reads the file up to there."""
+def line_of(path: Path, offset: int, encoding: str | None) -> int:
+    """The number, from 1, of the line that holds the byte ``offset``. Reads the file up to there."""
     number, remaining = 1, offset
-    with reading(path), open_bytes(path) as stream:
+    with reading(path), open_utf8(path, None, encoding) as stream:
         while remaining and (chunk := stream.read(min(remaining, BUFFER))):
             number += chunk.count(b"\n")
             remaining -= len(chunk)
-    return f"{path}, line {number}"
+    return number
 
 
 def json_rows(lines: Lines) -> Iterator[KeyedRow]:
     """Rows of jsonl: one JSON value a line. Blank lines are allowed only at the end of the file."""
     each = iter(lines)
-    loads = orjson.loads
     for line in each:
         begin = lines.offset - len(line)
         try:
@@ -103,12 +108,12 @@ def json_rows(lines: Lines) -> Iterator[KeyedRow]:
         except orjson.JSONDecodeError as error:
             if not line.strip():
                 if any(later_line.strip() for later_line in each):
-                    place = line_place(lines.path, begin)
-                    raise CorpusError(f"{place}: expected a JSON object, found a blank line") from None
+                    raise CorpusError(f"{lines.place(begin)}: expected a JSON object, found a blank line") from None
                 return
-            decode(line, lines)
-            place = line_place(lines.path, begin)
-            raise CorpusError(f"{place}: invalid JSON at column {error.colno}: {error.msg}") from None
+            hint = f"; {_DOCUMENT}" if begin <= len(BOM) and line.strip() in (b"{", b"[") else ""
+            raise CorpusError(f"{lines.place(begin)}: {why_invalid(line, error)}{hint}") from None
+        if begin <= len(BOM) and isinstance(row, list):
+            raise CorpusError(f"{lines.place(begin)}: expected a JSON object, found {row!r:.80} (list); {_DOCUMENT}")
         yield begin, row
 
 
@@ -120,55 +125,9 @@ def text_rows(lines: Lines) -> Iterator[KeyedRow]:
         yield lines.offset - len(line), {"text": text}
 
 
-def csv_records(lines: Lines) -> Iterator[tuple[int, list[str]]]:
-    """(offset, cells) of each record of a CSV file (RFC 4180). A record may span several lines."""
-    csv.field_size_limit((1 << 31) - 1)
-    begin = lines.offset
-    blank = -1
-
-    def decoded() -> Iterator[str]:
-        for line in lines:
-            lines.check(begin)  # an open quote may continue over many lines
-            yield decode(line, lines)
-
-    # csv.reader takes one line at a time, and none after its record, so the next record begins at lines.offset.
-    records = csv.reader(decoded(), strict=True)
-    while True:
-        try:
-            cells = next(records)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise CorpusError(f"{line_place(lines.path, begin)}: invalid CSV: {error}") from None
-        if not cells:
-            blank = begin if blank < 0 else blank
-        elif blank >= 0:
-            place = line_place(lines.path, blank)
-            raise CorpusError(f"{place}: expected a CSV record, found a blank line")
-        else:
-            yield begin, cells
-        begin = lines.offset
-
-
-def csv_rows(lines: Lines) -> Iterator[KeyedRow]:
-    """Rows of a CSV file as dictionaries. If ``lines`` is past the header, that is read from the file again."""
-    if lines.offset:
-        with open_bytes(lines.path) as stream:
-            _, header = next(csv_records(Lines(lines.path, stream, lines.largest)), (0, []))
-    else:
-        _, header = next(csv_records(lines), (0, []))
-        if len(set(header)) < len(header):
-            raise CorpusError(f"{lines.path}, line 1: the header names a column twice: {header}")
-    for begin, cells in csv_records(lines):
-        if len(cells) != len(header):
-            place = line_place(lines.path, begin)
-            raise CorpusError(f"{place}: expected {len(header)} cells as in the header, found {len(cells)}")
-        yield begin, dict(zip(header, cells, strict=True))
-
-
 @dataclass(frozen=True, slots=True)
 class TextForm:
-    """Records in lines of UTF-8, possibly compressed. ``parse`` must not take lines after the row that it yields."""
+    """Records in lines, possibly compressed. ``parse`` must not take lines after the row that it yields."""
 
     name: str
     parse: Callable[[Lines], Iterator[KeyedRow]]
@@ -176,13 +135,21 @@ class TextForm:
     adds_nulls: bool = False
     largest: int | None = None
     """Most bytes of a record; None for no limit."""
+    encoding: str | None = None
+    """That of the file; None for UTF-8, or what its byte order mark says."""
+    delimiter: str | None = None
+    """The character between cells; None in forms without cells."""
 
     def fields(self, path: Path) -> Sequence[str] | None:
         return None
 
+    def open(self, path: Path) -> io.BufferedReader:
+        """The bytes of a file, decompressed and in UTF-8: offsets are places in these."""
+        return open_utf8(path, self.largest, self.encoding)
+
     def rows(self, path: Path, columns: Sequence[str] | None, start: int) -> Iterator[KeyedRow]:
-        with reading(path), open_bytes(path, self.largest) as stream:
-            lines = Lines(path, stream, self.largest)
+        with reading(path), self.open(path) as stream:
+            lines = Lines(path, stream, self)
             lines.move_to(start)
             rows = self.parse(lines)
             first = next(rows, None)
@@ -215,22 +182,27 @@ class TextForm:
                     yield key, parsed[1], b"".join(lines.recorded)
 
     def _recorded(self, path: Path, stack: ExitStack) -> RecordedLines:
-        return RecordedLines(path, stack.enter_context(open_bytes(path, self.largest)), self.largest)
+        return RecordedLines(path, stack.enter_context(self.open(path)), self)
 
     def header(self, path: Path) -> bytes:
         """The bytes before the first record, without a BOM: the header of a CSV file, else nothing."""
         first, _ = next(self.rows(path, None, 0), (0, None))
-        with reading(path), open_bytes(path) as stream:
+        with reading(path), self.open(path) as stream:
             return stream.read(first).removeprefix(BOM)
 
     def count(self, path: Path) -> int:
         return sum(1 for _ in self.rows(path, None, 0))
 
     def where(self, path: Path, key: int) -> str:
-        return line_place(path, key)
+        return f"{path}, line {line_of(path, key, self.encoding)}"
 
 
-def text_forms(name: str, parse: Callable[[Lines], Iterator[KeyedRow]], *suffixes: str) -> dict[str, Form]:
+def text_forms(
+    name: str, parse: Callable[[Lines], Iterator[KeyedRow]], *suffixes: str, delimiter: str | None = None
+) -> dict[str, Form]:
     """A text form for each of ``suffixes``, plain and compressed."""
-    packings = ("", ".gz", ".zst")
-    return {suffix + packed: TextForm(name + packed, parse) for suffix in suffixes for packed in packings}
+    return {
+        suffix + packed: TextForm(name + packed, parse, delimiter=delimiter)
+        for suffix in suffixes
+        for packed in PACKINGS
+    }

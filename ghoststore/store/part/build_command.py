@@ -39,7 +39,7 @@ def _options(manifest: Manifest, store: Path, name: str) -> Iterator[tuple[str, 
     source, compute, storage = manifest["source"], manifest["compute"], manifest["storage"]
     yield "--checkpoint", source["checkpoint"]
     yield "--tokenizer", source["tokenizer"]
-    yield "--data", source["data"]
+    yield from (("--data", path) for path in source["data"].split("\n"))
     yield "--store", store
     yield "--name", name
     yield from _fields(manifest["corpus"]["fields"])
@@ -64,6 +64,8 @@ def _fields(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         return
     for role in ("text", "prompt", "completion", "messages", "id", "domain"):
         yield f"--{role}-field", fields[role]
+    for name in ("encoding", "delimiter"):
+        yield f"--{name}", fields.get(name)
 
 
 def _projection(stored: dict[str, Any], layers: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ghoststore.corpus import Messages, PromptCompletion, Sample, Tokenized
-from ghoststore.corpus.fields import Content
+from ghoststore.corpus.content import Content
 from query.select.leaks import LeakCheck
 
 words = st.lists(st.sampled_from("abcd"), max_size=14).map(" ".join)
