@@ -279,8 +279,8 @@ def report(found: dict[str, dict[str, Any]], settings: dict[str, Any]) -> Result
         facts=machine_facts(),
     )
     note = (
-        f"Exact: no block (score) of a sample is further than {WRONG:g} from that of the sample alone, relative to its "
-        "norm (to the product of the norms). As advised: with the layers left out that the refusal names, in up to "
+        f"Exact: no block of a sample, and no score of a parameter, is further than {WRONG:g} of its size from that of "
+        "the sample alone. As advised: with the layers left out that the refusal names, in up to "
         f"{ROUNDS} rounds."
     )
     results.add(Table("Summary", list(counts(found)), note), classes=found)

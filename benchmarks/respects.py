@@ -28,8 +28,9 @@ WRONG = 1e-3
 """The largest relative error that is rounding."""
 FAINT = 1e-3
 """A block whose gradient is a smaller share of the whole is compared with that share: its own digits are rounding."""
-FAINT_SUM = 0.03
-"""The same for the sum of the products of all blocks, which nearly cancel."""
+ORTHOGONAL = 0.03
+"""Two gradients with a smaller cosine are nearly orthogonal: their product is compared with this share of that of their
+norms, for its own digits have cancelled."""
 
 Gradients = dict[str, Tensor]
 """By the name of a parameter, or of a block."""
@@ -246,7 +247,7 @@ class Subject:
 def score_difference(
     total_B: Tensor, parameters: dict[str, Tensor], rows: Sequence[Gradients], val: Gradients
 ) -> tuple[float, str]:
-    """(the largest relative error, where): of a parameter's scores relative to the product of the norms."""
+    """(the largest relative error of a parameter's scores or of their sum, where)."""
     worst, worst_sum = (0.0, ""), (0.0, "")
     for i, row in enumerate(rows):
         whole = norm_of(row) * norm_of(val)
@@ -254,9 +255,10 @@ def score_difference(
         for name, scores_B in parameters.items():
             expected = float((row[name].double() * val[name].double()).sum())
             right += expected
-            size = max(float(row[name].norm() * val[name].norm()), FAINT * whole)
+            size = max(abs(expected), ORTHOGONAL * float(row[name].norm() * val[name].norm()), FAINT * whole)
             worst = max(worst, (_relative(abs(float(scores_B[i]) - expected), size), name))
-        worst_sum = max(worst_sum, (_relative(abs(float(total_B[i]) - right), FAINT_SUM * whole), "the sum"))
+        size = max(abs(right), ORTHOGONAL * whole)
+        worst_sum = max(worst_sum, (_relative(abs(float(total_B[i]) - right), size), "the sum"))
     return worst if worst[0] > WRONG else max(worst, worst_sum)
 
 
