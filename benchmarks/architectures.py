@@ -30,6 +30,8 @@ from torch import nn
 
 from ghoststore.errors import GhostStoreError
 
+NAMED = 5
+"""Layers of a message whose last names are shown with its cause."""
 ROUNDS = 2
 """How often the advice of a refusal is followed."""
 MEMORY = 6 << 30
@@ -229,10 +231,13 @@ def cause_of(outcome: dict[str, Any]) -> str:
         return f"no layer type: {module[1]} {module[2]}"
     if outcome["word"] == "wrong":
         return outcome["where"].split(".")[-2] if "." in outcome["where"] else outcome["where"]
-    text = re.sub(r"\[[^\]]*\]", "[…]", message.split("\n")[0])
-    text = re.sub(r"'[\w.]*\.[\w.]*'|[\w]+(\.[\w]+)+", "…", text)
+    first = re.sub(r"\[[^\]]*\]", "[…]", message.split("\n")[0])
+    dotted = re.findall(r"(?!torch|module\.)\b[A-Za-z_]\w*(?:\.\w+)+", message)
+    parts = dict.fromkeys(name.rpartition(".")[2] for name in dotted[:NAMED])
+    text = re.sub(r"'?\w+(\.\w+)+'?", "…", first)
     text = re.sub(r"(…, )+…", "…", re.sub(r"\d+", "N", text))
-    shown = f"{kind}: {text[:160]}"
+    text = text[:140] + (f" ({', '.join(parts)})" if parts and outcome["word"] == "refused" else "")
+    shown = f"{kind}: {text}"
     return f"{shown} ({outcome['where']})" if outcome["word"] == "foreign" else shown
 
 

@@ -194,7 +194,7 @@ class Subject:
     def vectors(self, layers: Sequence[str], exclude: Sequence[str], samples: Samples) -> Measured:
         """Projected gradients of each sample, block by block. The error is infinite if a block loses a parameter."""
         self.model.eval()
-        config = ProjectionConfig(layers=tuple(layers), exclude_layers=tuple(exclude), rank_total=16)
+        config = ProjectionConfig(layers=tuple(layers), exclude_layers=tuple(exclude), compress="none")
         with GradProjLoraEngine(self.model, config) as engine:
             engine.prepare(len(samples.lengths))
             vectors_BD = engine.collect(samples.losses(self.model, self.options))

@@ -6,6 +6,7 @@ in sub-configurations too, and by :data:`OWN` for what names do not say.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -167,7 +168,7 @@ LEFT_OUT = {
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One class of transformers, under the first model type that has it."""
+    """One class of transformers, under a model type that has it: the one it is named after, if there is one."""
 
     name: str
     model_type: str
@@ -185,7 +186,9 @@ def architectures() -> list[Architecture]:
     for task, mapping in mappings:
         for model_type, names in mapping.items():
             for name in [names] if isinstance(names, str) else names:
-                found.setdefault(name, Architecture(name, model_type, task))
+                own = name.lower().startswith(re.sub(r"\W|_", "", model_type))
+                if name not in found or (own and task == found[name].task):
+                    found[name] = Architecture(name, model_type, task)
     return sorted((a for a in found.values() if a.name not in LEFT_OUT), key=lambda architecture: architecture.name)
 
 
