@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import subprocess
 import sys
 import venv
@@ -87,3 +89,34 @@ def test_architectures_go_on_where_a_run_ended(tmp_path: Path) -> None:
     assert found["GPT2LMHeadModel"]["parameters"] == 7
     assert found["T5ForConditionalGeneration"]["engine"]["first"]["word"] != "wrong"
     assert "| T5ForConditionalGeneration | seq2seq |" in (tmp_path / "architectures.md").read_text()
+
+
+GIVEN = {
+    "Bart, mBart, Marian": ("BartForCausalLM", "MBartForCausalLM", "MarianForCausalLM", "PegasusForCausalLM"),
+    "pictures": ("Gemma3ForConditionalGeneration", "GotOcr2ForConditionalGeneration"),
+    "sound": ("Qwen2AudioForConditionalGeneration", "MusicFlamingoForConditionalGeneration"),
+    "T5, mT5, UMT5": ("T5ForConditionalGeneration", "MT5ForConditionalGeneration", "UMT5ForConditionalGeneration"),
+    "Mamba, Mamba 2": ("MambaForCausalLM", "Mamba2ForCausalLM", "FalconMambaForCausalLM"),
+    "GraniteMoe": ("GraniteMoeForCausalLM",),
+    "XLM, Flaubert": ("XLMWithLMHeadModel", "FlaubertWithLMHeadModel"),
+    "CTRL": ("CTRLLMHeadModel",),
+    "xLSTM": ("xLSTMForCausalLM",),
+}
+"""Classes of each row of the page, by words in it."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", GIVEN)
+def test_what_the_page_of_models_says_to_give_is_exact(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    respects, small_models = (importlib.import_module(name) for name in ("respects", "small_models"))
+    (row,) = [line for line in (ROOT / "docs/models.md").read_text().splitlines() if which in line and "| `--" in line]
+    option = {name: given.split(",") for name, given in re.findall(r"--([a-z-]+) ([\w,]+)", row)}
+    by_name = {architecture.name: architecture for architecture in small_models.architectures()}
+    for name in GIVEN[which]:
+        subject = respects.Subject(small_models.small_model(by_name[name]), by_name[name].task)
+        for samples in (subject.samples, subject.square):
+            found = subject.vectors(
+                option.get("proj-layers", ("mlp", "attn")), option.get("exclude-layers", ()), samples
+            )
+            assert found.error < 1e-4, name
