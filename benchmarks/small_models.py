@@ -132,6 +132,7 @@ OWN: dict[str, dict[str, Any]] = {
     "luke": {"entity_vocab_size": 8, "entity_emb_size": 16},
     "mamba2": {"head_dim": 32},
     "ministral": {"head_dim": 16},
+    "mobilebert": {"embedding_size": 32, "intra_bottleneck_size": 32},
     "nemotron": {"num_key_value_heads": KEY_HEADS},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
