@@ -276,6 +276,21 @@ def causes(found: dict[str, dict[str, Any]]) -> Iterator[dict[str, str]]:
         yield {"outcome": word, "cause": cause.replace("|", "\\|"), "classes": f"{len(classes)}: {', '.join(shown)}"}
 
 
+LONGEST, MOST = 160, 6
+"""Characters of a message, and patterns of an advice, that the results keep; ``--work`` has all."""
+
+
+def compact(value: Any) -> Any:
+    """``value`` without what is empty, in few digits."""
+    if isinstance(value, dict):
+        return {key: compact(item) for key, item in value.items() if item not in (None, "", [], 0.0)}
+    if isinstance(value, float):
+        return float(f"{value:.3g}")
+    if isinstance(value, list):
+        return value[:MOST]
+    return value[:LONGEST] if isinstance(value, str) else value
+
+
 def report(found: dict[str, dict[str, Any]], settings: dict[str, Any]) -> Results:
     results = Results(
         name="architectures",
@@ -288,7 +303,7 @@ def report(found: dict[str, dict[str, Any]], settings: dict[str, Any]) -> Result
         "the sample alone. As advised: with the layers left out that the refusal names, in up to "
         f"{ROUNDS} rounds."
     )
-    results.add(Table("Summary", list(counts(found)), note), classes=found)
+    results.add(Table("Summary", list(counts(found)), note), classes=compact(found))
     grouped = list(causes(found))
     if grouped:
         note = "`*`: exact once the advice was followed. A refusal names one cause; behind it there may be others."
@@ -311,12 +326,20 @@ def write_page(page: Path, found: dict[str, dict[str, Any]], facts: dict[str, An
         raise click.ClickException(f"{page} has no line {MARK!r}, behind which the table goes")
     head = text[: text.index(MARK) + len(MARK)]
     made = {name: one for name, one in found.items() if "not made" not in one}
-    lines = [f"{len(made)} classes of transformers {facts['transformers']}, torch {facts['torch']}.", ""]
-    columns = ["class", *RESPECTS]
-    lines += [f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |"]
-    for name, one in made.items():
-        marks = "¹" * (one["padding_changes"] > WRONG) + "²" * (one["mixing"] > WRONG)
-        lines.append(f"| {name}{marks} | {' | '.join(word_of(one[respect]) for respect in RESPECTS)} |")
+    marked = {
+        name: "¹" * (one["padding_changes"] > WRONG) + "²" * (one["mixing"] > WRONG) for name, one in made.items()
+    }
+    exact = [name for name, one in made.items() if all(word_of(one[respect]) == "exact" for respect in RESPECTS)]
+    rows = [
+        [name + marked[name], *(word_of(one[respect]) for respect in RESPECTS)]
+        for name, one in made.items()
+        if name not in exact
+    ]
+    lines = [
+        f"Of {len(made)} classes (transformers {facts['transformers']}, torch {facts['torch']}) {len(exact)} are exact in "
+        f"all three: {', '.join(name + marked[name] for name in exact)}.\n",
+        *(f"| {' | '.join(cells)} |" for cells in (["the others", *RESPECTS], ["---"] * (1 + len(RESPECTS)), *rows)),
+    ]
     page.write_text("\n\n".join([head, "\n".join(lines)]) + "\n", encoding="utf-8")
 
 
@@ -324,7 +347,7 @@ def word_of(found: dict[str, Any]) -> str:
     """A cell of the page: exact, or what else."""
     first, last = found["first"], found["last"]
     if first["word"] == "refused" and last is not None and last["word"] == "exact":
-        return f"exact for {last['covered']:.1%}, as the refusal advises"
+        return f"exact for {min(last['covered'], 0.999):.1%}"
     return str(first["word"])
 
 
