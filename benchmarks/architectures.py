@@ -336,8 +336,8 @@ def write_page(page: Path, found: dict[str, dict[str, Any]], facts: dict[str, An
         if name not in exact
     ]
     lines = [
-        f"Of {len(made)} classes (transformers {facts['transformers']}, torch {facts['torch']}) {len(exact)} are exact in "
-        f"all three: {', '.join(name + marked[name] for name in exact)}.\n",
+        f"Of {len(made)} classes (transformers {facts['transformers']}, torch {facts['torch']}) {len(exact)} are exact "
+        f"in all three: {', '.join(name + marked[name] for name in exact)}.\n",
         *(f"| {' | '.join(cells)} |" for cells in (["the others", *RESPECTS], ["---"] * (1 + len(RESPECTS)), *rows)),
     ]
     page.write_text("\n\n".join([head, "\n".join(lines)]) + "\n", encoding="utf-8")
