@@ -84,7 +84,7 @@ def test_architectures_go_on_where_a_run_ended(tmp_path: Path) -> None:
             assert 0 < one[name]["first"]["error"] < 1e-5
             assert one[name]["first"]["covered"] == (pytest.approx(0.8, abs=0.1) if name == "default layers" else 1.0)
     kept = tmp_path / "work" / "GPT2LMHeadModel.json"
-    kept.write_text(json.dumps(found["GPT2LMHeadModel"] | {"parameters": 7}))
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"parameters": 7}))
     found = architectures(tmp_path, "^(GPT2LMHead|T5ForC)")
     assert found["GPT2LMHeadModel"]["parameters"] == 7
     assert found["T5ForConditionalGeneration"]["engine"]["first"]["word"] != "wrong"
