@@ -67,7 +67,7 @@ class FusedHead:
         output_embeddings: Any = getattr(model, "get_output_embeddings", None)
         head = None if output_embeddings is None else output_embeddings()
         backbone = getattr(model, "base_model", None)
-        names = [name for name, module in model.named_modules() if module is head and name in method.modules]
+        names = [name for name, module in model.named_modules() if module is head and name in method.kinds]
         self._name = names[0] if names and backbone is not model and isinstance(backbone, nn.Module) else None
         self._backbone = backbone
         self._open: OpenBatch | None = None
