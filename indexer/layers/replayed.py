@@ -309,7 +309,9 @@ class ReplayedLayer(LayerType):
 
 
 WHOLE = (nn.MultiheadAttention,)
-"""Modules that use the weights of the modules in them without calling these."""
+"""Modules that use the weights of the modules in them without calling these. So do peft's of DoRA (a ``lora_variant``),
+which call them with the identity as well.
+"""
 NOT_CALLED = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict, ParametrizationList)
 """Modules that hold parameters but are not called with samples: the module around them is."""
 
@@ -346,12 +348,17 @@ def caller_of(model: nn.Module, name: str) -> str:
     """The module at ``name``, or the nearest around it that is called with samples; "" if that is the model."""
     parts = name.split(".")
     for stop in range(1, len(parts)):
-        if isinstance(model.get_submodule(".".join(parts[:stop])), WHOLE):
+        around = model.get_submodule(".".join(parts[:stop]))
+        if _is_whole(around):
             return ".".join(parts[:stop])
     name = _list_of_experts(name) or name
     while name and not _called_with_samples(model.get_submodule(name)):
         name = name.rpartition(".")[0]
     return name
+
+
+def _is_whole(module: nn.Module) -> bool:
+    return isinstance(module, WHOLE) or bool(getattr(module, "lora_variant", None))
 
 
 def _list_of_experts(name: str) -> str | None:
@@ -373,7 +380,7 @@ def is_part_of_another(model: nn.Module, name: str) -> bool:
     """Whether the module at ``name`` is not called with the rows of samples, so that one around it must run again: an
     expert of a list, which is called with the tokens that a router picked, or a part of torch's attention.
     """
-    return _list_of_experts(name) is not None or isinstance(model.get_submodule(caller_of(model, name)), WHOLE)
+    return _list_of_experts(name) is not None or _is_whole(model.get_submodule(caller_of(model, name)))
 
 
 def matrix_axes(parameter: Tensor) -> tuple[int, int]:

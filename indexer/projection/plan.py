@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from ghoststore.errors import LayerError, UsageError
 from ghoststore.settings.projection import PLAIN_RANK_TOTAL, ProjectionConfig, RankTotal
 from indexer.projection.calibration import Calibration, LayerShape
-from indexer.projection.selection import Block, select_blocks
+from indexer.projection.selection import Block, default_layers, select_blocks
 
 SKETCHED_RANK_TOTAL = 64 * 64
 NUMBERS_PER_LAYER = 64
@@ -127,6 +127,8 @@ class ProjectionPlan:
         Raises LayerError as :func:`select_blocks` does, and for a rank larger than a layer; UsageError if ``compress``
         is not smaller than the vector.
         """
+        if config.layers == ("auto",):
+            config = replace(config, layers=default_layers(model))
         selection = select_blocks(
             model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings
         )
