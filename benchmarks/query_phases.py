@@ -19,7 +19,7 @@ import ghoststore.checkpoint.same_model  # noqa: E402
 import query.answer.query  # noqa: E402
 import query.ask.encoder  # noqa: E402
 import query.ask.scorer  # noqa: E402
-from ghoststore.checkpoint.load import Checkpoint  # noqa: E402
+from ghoststore.checkpoint.find import Checkpoint  # noqa: E402
 from indexer.encode.encoder import RowEncoder  # noqa: E402
 
 IMPORTED = time.perf_counter()

@@ -21,11 +21,12 @@ LARGEST_FILE = 512 << 20
 """Most bytes of a file beside the weights. The largest such file is the vocabulary."""
 LARGEST_CONFIG = 16 << 20
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors")
 _TEMPLATES = "additional_chat_templates"
 _SMALL = (
     CONFIG,
-    "adapter_config.json",
+    ADAPTER_CONFIG,
     "added_tokens.json",
     "generation_config.json",
     "special_tokens_map.json",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ghoststore.checkpoint.adapter import NAME, adapter_identity, has_adapter, of_base, refuse_unsupported
 from ghoststore.errors import CheckpointError, UsageError
 from ghoststore.lazy import importing
 from ghoststore.settings.shared import in_memory
@@ -40,15 +41,29 @@ class LoadedCheckpoint:
     """A model of transformers in memory, in the place of a :class:`ghoststore.checkpoint.load.Checkpoint`."""
 
     model: Any
+    """Of an adapter: the model of transformers in it, with the adapter in its modules."""
+    peft: Any = None
+    """The PeftModel around it; None without an adapter."""
 
     @classmethod
-    def of(cls, model: Any) -> LoadedCheckpoint:
-        """CheckpointError for a model that is no plain one of transformers: its saved folder would hold another."""
+    def of(cls, model: Any, adapter: str | None = None) -> LoadedCheckpoint:
+        """CheckpointError for a model that is no plain one of transformers, nor a PeftModel with one LoRA adapter: its
+        saved folder would hold another. UsageError for ``adapter`` (see :func:`find_adapter`) but ``only``.
+        """
         with importing():
             import torch
             from transformers import PreTrainedModel
 
         name = type(model).__name__
+        peft = model if hasattr(model, "get_base_model") and hasattr(model, "peft_config") else None
+        if adapter is not None and (peft is None or adapter != "only"):
+            raise UsageError(
+                f"`adapter={adapter}` is for the folder of an adapter, and `checkpoint` is a {name} in memory: give "
+                "the model that you mean (`model.merge_and_unload()`, or the base)"
+            )
+        if peft is not None:
+            _refuse_odd_adapters(peft)
+            model = peft.get_base_model()
         if not isinstance(model, PreTrainedModel):
             inner = "; of a wrapped model give the model inside" if isinstance(model, torch.nn.Module) else ""
             raise CheckpointError(
@@ -61,20 +76,21 @@ class LoadedCheckpoint:
             f"its parameters are of the class {odd[0]}"
             if odd
             else "it has adapters"
-            if getattr(model, "_hf_peft_config_loaded", False)
+            if getattr(model, "_hf_peft_config_loaded", False) or (peft is None and has_adapter(model))
             else f"its parameters are on {', '.join(sorted(map(str, places)))}"
             if len(places) != 1 or "meta" in {place.type for place in places}
             else None
         )
         if problem is not None:
             raise CheckpointError(f"the {name} in memory cannot be used as it is: {problem}; {SAVE}")
-        return cls(model)
+        return cls(model, peft)
 
     @property
     def where(self) -> str:
         """What messages call it."""
         dtype = str(self.model.dtype).removeprefix("torch.")
-        return f"the {type(self.model).__name__} in memory ({dtype})"
+        adapter = "" if self.peft is None else " with an adapter"
+        return f"the {type(self.model).__name__}{adapter} in memory ({dtype})"
 
     @property
     def config_where(self) -> str:
@@ -109,12 +125,31 @@ class LoadedCheckpoint:
         """Counts of the changes of each parameter in place, by which torch notices that weights have changed."""
         return tuple(p._version for p in self.model.parameters() if not p.is_inference())  # which count nothing
 
+    @property
+    def recorded_base(self) -> str | None:
+        """What a manifest records of where the base of an adapter lies; None without an adapter."""
+        return None if self.peft is None else "-"
+
+    def identity(self) -> dict[str, Any]:
+        """What a manifest records of its weights: that of the folders which `save_pretrained` would write."""
+        own = self._digest(_saved_tensors(self.model))
+        if self.peft is None:
+            return {"fingerprint": own}
+        with importing():
+            from peft.utils import get_peft_model_state_dict
+
+        adapter = get_peft_model_state_dict(self.peft, adapter_name=NAME, save_embedding_layers=False)
+        return adapter_identity(own, self._digest(adapter), self.peft.peft_config[NAME].to_dict(), merged=False)
+
     def fingerprint(self) -> str:
         """That of the folder which `save_pretrained` would write, see :meth:`Checkpoint.fingerprint`."""
+        return str(self.identity()["fingerprint"])
+
+    def _digest(self, tensors: dict[str, Any]) -> str:
         import torch
 
         digests = []
-        for name, tensor in sorted(_saved_tensors(self.model).items()):
+        for name, tensor in sorted(tensors.items()):
             dtype = DTYPES.get(str(tensor.dtype).removeprefix("torch."))
             if dtype is None:
                 raise CheckpointError(f"{self.where}: tensor {name!r} has the dtype {tensor.dtype}; {SAVE}")
@@ -134,7 +169,7 @@ class LoadedCheckpoint:
         wanted = self.model.dtype if dtype is None else getattr(torch, dtype)
 
         def shared(tensor: Any) -> Any:
-            changes = wanted != self.model.dtype and tensor.is_floating_point()
+            changes = (wanted != self.model.dtype or self.peft is not None) and tensor.is_floating_point()
             return tensor.detach().to(device=device or tensor.device, dtype=wanted if changes else tensor.dtype)
 
         parameters = {  # deepcopy takes these in the place of copies; a tied parameter stays one
@@ -156,6 +191,23 @@ class LoadedCheckpoint:
             except (ValueError, ImportError) as error:
                 raise UsageError(f"`attn_implementation` {kernel!r}: {str(error).splitlines()[0]}") from error
         return copied
+
+
+def _refuse_odd_adapters(peft: Any) -> None:
+    """CheckpointError for a PeftModel that is not what its saved folder would be."""
+    what = f"the {type(peft).__name__} in memory"
+    if list(peft.peft_config) != [NAME]:
+        raise CheckpointError(
+            f"{what} has the adapters {', '.join(peft.peft_config)}; expected one, called {NAME!r}: save it "
+            "(`model.save_pretrained(folder)`) and give the folder"
+        )
+    refuse_unsupported(what, peft.peft_config[NAME].to_dict(), merged=False)
+    for name, module in peft.named_modules():
+        if getattr(module, "merged", False) is True or getattr(module, "disable_adapters", False) is True:
+            raise CheckpointError(
+                f"{what}: the adapter is merged or switched off in {name!r}; undo that first (`unmerge_adapter()`, or "
+                "leave the block of `disable_adapter()`), or give the model of `merge_and_unload()`"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,13 +249,16 @@ def recorded_tokenizer(given: Any) -> str | None:
 
 
 def _saved_tensors(model: Any) -> dict[str, Any]:
-    """The tensors that ``save_pretrained`` writes, by name: without tied ones, and named as in files."""
+    """The tensors that ``save_pretrained`` writes, by name: without tied ones, and named as in files. With an adapter
+    those of its base.
+    """
     with importing():
         from transformers.core_model_loading import revert_weight_conversion
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     left_out = model._keys_to_ignore_on_save or ()
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+    state = of_base(model.state_dict()) if has_adapter(model) else model.state_dict()
+    tensors = {name: tensor for name, tensor in state.items() if name not in left_out}
     saved: dict[str, Any] = revert_weight_conversion(model, remove_tied_weights_from_state_dict(tensors, model))
     return saved
 
@@ -216,7 +271,10 @@ def as_folders(checkpoint: Any, tokenizer: Any) -> Iterator[tuple[Any, Any]]:
     with tempfile.TemporaryDirectory(prefix="ghoststore-") as folder:
         places = [Path(folder) / name for name in ("model", "tokenizer")]
         if in_memory(checkpoint):
-            LoadedCheckpoint.of(checkpoint).copied().save_pretrained(places[0])
+            loaded = LoadedCheckpoint.of(checkpoint)
+            if loaded.peft is not None:
+                raise UsageError(f"{loaded.where}: a whole model is expected here; give `model.merge_and_unload()`")
+            loaded.copied().save_pretrained(places[0])
             checkpoint = places[0]
         if in_memory(tokenizer):
             LoadedTokenizer(tokenizer).save(places[1])

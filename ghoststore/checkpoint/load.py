@@ -1,226 +1,49 @@
-"""Finding, checking, fingerprinting and loading checkpoints in transformers' format.
+"""Loading models and tokenizers: those of checkpoints in transformers' format, of adapters, and of objects in memory.
 
-Weights are read only from safetensors files, and code from a checkpoint is never run.
+Code from a checkpoint is never run.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import mmap
-import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ghoststore.checkpoint.bounds import CONFIG, bounded_making, check_config, check_files, read_object
+from ghoststore.checkpoint.adapter import AdapterCheckpoint, find_adapter, without_adapter
+from ghoststore.checkpoint.bounds import CONFIG, bounded_making, check_config, check_files
+from ghoststore.checkpoint.find import TOKENIZER_PATTERNS, Checkpoint, exists, from_hub, locate, whole_model
 from ghoststore.checkpoint.in_memory import LoadedCheckpoint, LoadedTokenizer
 from ghoststore.errors import CheckpointError, UsageError
 from ghoststore.lazy import importing
+from ghoststore.settings.shared import AdapterUse, TokenizerSource
 from ghoststore.settings.shared import Checkpoint as CheckpointSource
-from ghoststore.settings.shared import TokenizerSource
-from ghoststore.store.base.opening import open_regular, parse_json
 
-LARGEST_HEADER = 256 << 20
-TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")
-CHECKPOINT_PATTERNS = (*TOKENIZER_PATTERNS, "*.safetensors")
 DTYPES = ("float32", "bfloat16", "float16")
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "pytorch_model.pt")
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A folder with a model: ``config.json`` and safetensors files. :func:`find_checkpoint` makes it."""
-
-    folder: Path
-    weights: tuple[Path, ...]
-    """The safetensors files, sorted by name."""
-
-    def fingerprint(self) -> str:
-        """The SHA-256 (``sha256:…``) of the name, dtype, shape and bytes of every tensor. How tensors are divided among
-        files does not change it.
-        """
-        return fingerprint_weights(self.weights)
-
-    @property
-    def where(self) -> str:
-        """What messages call it."""
-        return str(self.folder)
-
-    @property
-    def config_where(self) -> str:
-        """What messages call its configuration."""
-        return str(self.folder / CONFIG)
-
-    @property
-    def name(self) -> str:
-        """A name for it, used in default names."""
-        return self.folder.resolve().name
-
-    @property
-    def recorded(self) -> str:
-        """What a manifest records of where it lies."""
-        return str(self.folder.resolve())
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        """The folder of its own tokenizer."""
-        return self.folder
-
-    def numbers(self) -> int:
-        """The number of numbers in all tensors, from the headers of the files."""
-        return sum(math.prod(shape) for shape in self.shapes())
-
-    def shapes(self) -> list[list[int]]:
-        """The shape of every tensor, from the headers of the files. CheckpointError for a damaged file."""
-        return [entry["shape"] for path in self.weights for entry in _tensors(path)[1].values()]
-
-
-AnyCheckpoint: TypeAlias = Checkpoint | LoadedCheckpoint
+AnyCheckpoint: TypeAlias = Checkpoint | AdapterCheckpoint | LoadedCheckpoint
 AnyTokenizer: TypeAlias = Path | LoadedTokenizer
 """The folder of a tokenizer, or one in memory."""
 
 
-def find_checkpoint(source: CheckpointSource) -> AnyCheckpoint:
+def find_checkpoint(
+    source: CheckpointSource, *, base: str | Path | None = None, adapter: AdapterUse | None = None
+) -> AnyCheckpoint:
     """The checkpoint in a folder, or of a hub id (downloaded by huggingface_hub unless it is cached); or that of a
-    loaded model.
+    loaded model. ``base`` and ``adapter`` are for a LoRA adapter: see :func:`find_adapter`.
 
     Raises CheckpointError, with what is missing (the folder, its config.json, its safetensors files) or what is wrong:
     no JSON object, a damaged header, or a configuration that asks for more than the tensors; and for a loaded model
     that cannot be used.
     """
     if not isinstance(source, str | Path):
-        return LoadedCheckpoint.of(source)
-    return find_folder(source)
-
-
-def find_folder(source: str | Path) -> Checkpoint:
-    """:func:`find_checkpoint` of a folder or a hub id."""
-    folder = Path(source)
-    if not _exists(folder, "checkpoint"):
-        folder = _from_hub(str(source))
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"checkpoint {source} is a file; give the folder that transformers' save_pretrained wrote"
-        )
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"checkpoint {folder} has no config.json; give a folder that transformers' save_pretrained wrote"
-        )
-    weights = _weight_files(folder)
-    if not weights:
-        pickles = [name for name in _PICKLES if (folder / name).exists()]
-        if pickles:
-            raise CheckpointError(
-                f"checkpoint {folder} holds its weights as a pickle only ({pickles[0]}), which can run code when it is "
-                "read; load it where you trust it and save it again: model.save_pretrained(folder)"
-            )
-        raise CheckpointError(f"checkpoint {folder} has no model.safetensors")
-    check_files(folder)
-    checkpoint = Checkpoint(folder=folder, weights=tuple(weights))
-    check_config(folder / CONFIG, checkpoint.shapes())
-    return checkpoint
-
-
-def _exists(folder: Path, what: str) -> bool:
-    try:
-        return folder.exists()
-    except OSError as error:  # such as a name that is too long, or a parent folder without access
-        raise CheckpointError(f"{what} {folder!s:.1000} cannot be read: {error.strerror}") from error
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, sorted by name; empty without any. CheckpointError for a damaged index."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        single = folder / "model.safetensors"
-        return [single] if single.is_file() else []
-    try:
-        names = sorted(set(read_object(index)["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index} is damaged: {error}") from error
-    missing = [
-        name
-        for name in names
-        if not isinstance(name, str) or os.path.basename(name) != name or not (folder / name).is_file()
-    ]
-    if missing:
-        raise CheckpointError(f"checkpoint {folder}: {index.name} names files that are not there: {missing[:3]}")
-    return [folder / name for name in names]
-
-
-def _from_hub(name: str, patterns: Sequence[str] = CHECKPOINT_PATTERNS, what: str = "checkpoint") -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except HFValidationError:
-        raise CheckpointError(f"{what} {name}: there is no such folder") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{what} {name}: there is no such folder, and the Hugging Face hub does not give it: {reason}"
-        ) from error
-
-
-def _tensors(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    """(offset of the first number, header by tensor name) of a safetensors file. CheckpointError if it is damaged."""
-    try:
-        with BufferedReader(open_regular(path)) as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= min(LARGEST_HEADER, size - 8):
-                raise ValueError(f"its header claims {length} bytes")
-            header = parse_json(file.read(length))
-        if not isinstance(header, dict):
-            raise ValueError("its header is no JSON object")
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            if not 0 <= begin <= end <= size - 8 - length:
-                raise ValueError(f"tensor {name!r} lies outside the file: it is cut short")
-            if not all(isinstance(axis, int) and axis >= 0 for axis in entry["shape"]):
-                raise ValueError(f"tensor {name!r} has the shape {entry['shape']!r:.80}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
-    return 8 + length, header
-
-
-def fingerprint_weights(files: tuple[Path, ...]) -> str:
-    """The fingerprint of safetensors files: see :meth:`Checkpoint.fingerprint`. Reads every byte once, in several
-    threads.
-    """
-    pieces: list[tuple[str, Path, int, int, str]] = []
-    for path in files:
-        base, header = _tensors(path)
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            described = json.dumps([name, entry["dtype"], entry["shape"]])
-            pieces.append((name, path, base + begin, base + end, described))
-
-    def digest(piece: tuple[str, Path, int, int, str]) -> bytes:
-        _, path, begin, end, described = piece
-        hashed = hashlib.sha256(described.encode())
-        if end > begin:
-            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                view = memoryview(data)[begin:end]
-                try:
-                    hashed.update(view)
-                finally:
-                    view.release()
-        return hashed.digest()
-
-    pieces.sort(key=lambda piece: piece[0])
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        total = hashlib.sha256(b"".join(pool.map(digest, pieces)))
-    return f"sha256:{total.hexdigest()}"
+        if base is not None:
+            raise UsageError("`base` belongs to the folder of an adapter, and `checkpoint` is in memory, with its base")
+        return LoadedCheckpoint.of(source, adapter)
+    folder = locate(source)
+    return find_adapter(folder, base, adapter) or whole_model(folder)
 
 
 def find_tokenizer(source: TokenizerSource) -> AnyTokenizer:
@@ -232,10 +55,10 @@ def find_tokenizer(source: TokenizerSource) -> AnyTokenizer:
     if not isinstance(source, str | Path):
         return LoadedTokenizer(source)
     folder = Path(source)
-    exists = _exists(folder, "tokenizer")
+    there = exists(folder, "tokenizer")
     if folder.is_file():
         raise CheckpointError(f"tokenizer {folder} is a file; give the folder that holds it")
-    return folder if exists else _from_hub(str(source), what="tokenizer", patterns=TOKENIZER_PATTERNS)
+    return folder if there else from_hub(str(source), what="tokenizer", patterns=TOKENIZER_PATTERNS)
 
 
 def given_tokenizer(given: TokenizerSource) -> AnyTokenizer:
@@ -338,7 +161,10 @@ def load_model(
     if isinstance(checkpoint, LoadedCheckpoint):
         model = checkpoint.copied(dtype=dtype, device=device, kernel=attn_implementation)
     else:
-        model = _read_model(checkpoint, dtype, attn_implementation)
+        own = checkpoint.base if isinstance(checkpoint, AdapterCheckpoint) else checkpoint
+        model = _read_model(own, dtype, attn_implementation)
+        if isinstance(checkpoint, AdapterCheckpoint):
+            model = checkpoint.attached(model)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise CheckpointError(
@@ -366,9 +192,13 @@ def _read_model(checkpoint: Checkpoint, dtype: str, attn_implementation: str | N
     shapes = checkpoint.shapes()  # reports a damaged file before transformers reads it
     check_config(checkpoint.folder / CONFIG, shapes)
     try:
-        with quiet_transformers(), bounded_making(checkpoint.folder, shapes):
+        with (
+            quiet_transformers(),
+            bounded_making(checkpoint.folder, shapes),
+            without_adapter(checkpoint.folder) as folder,
+        ):
             model, report = AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder,
+                folder,
                 dtype=getattr(torch, dtype),
                 attn_implementation=attn_implementation,
                 use_safetensors=True,
@@ -396,7 +226,7 @@ def refuse_lookahead(model: Any, where: str | Path) -> None:
     """CheckpointError unless the logits at each position are independent of later tokens, which the loss requires."""
     import torch
 
-    size = model.get_input_embeddings().num_embeddings
+    size = model.get_input_embeddings().weight.shape[0]  # peft's embeddings have no `num_embeddings`
     length = min(8, size, max_positions(model) or 8)
     if length < 2:
         return  # there is no position before the last token

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from ghoststore.checkpoint.bounds import ADAPTER_CONFIG
 from ghoststore.checkpoint.config_identity import agreed_config, config_differences
-from ghoststore.checkpoint.load import AnyCheckpoint, AnyTokenizer, Checkpoint
+from ghoststore.checkpoint.find import Checkpoint, holds_model
+from ghoststore.checkpoint.load import AnyCheckpoint, AnyTokenizer, find_checkpoint
 from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.errors import MismatchError
+from ghoststore.settings.shared import AdapterUse, in_memory
+from ghoststore.settings.shared import Checkpoint as CheckpointSource
 from ghoststore.store.base.manifest import Manifest, difference_lines, differences
+from ghoststore.store.base.own import is_own
 from ghoststore.store.part.build_command import build_command
 from ghoststore.store.part.part import Part
 
@@ -19,31 +26,62 @@ IDENTIFYING: dict[str, dict[str, type]] = {
 """The fields of a manifest that identify a model and a tokenizer, with their types."""
 
 
-def checkpoint_section(fingerprint: str, model: Any, stored: Manifest | None = None) -> dict[str, Any]:
-    """The manifest's ``checkpoint``: the fingerprint of the weights, the class of the model, and its configuration.
+def checkpoint_section(identity: Mapping[str, Any], model: Any, stored: Manifest | None = None) -> dict[str, Any]:
+    """The manifest's ``checkpoint``: the ``identity`` of the weights (see :meth:`Checkpoint.identity`), the class of
+    the model, and its configuration.
 
     ``stored`` is the manifest that this one will be compared with. If both configurations mean the same in different
     releases of transformers, that of ``stored`` is used.
     """
     stored_config = None if stored is None else stored["checkpoint"]["config"]
     return {
-        "fingerprint": fingerprint,
+        **identity,
         "architecture": type(model).__name__,
         "config": agreed_config(stored_config, model.config),
     }
 
 
+def find_as_built(part: Part, checkpoint: CheckpointSource, base: str | Path | None = None) -> AnyCheckpoint:
+    """:func:`find_checkpoint`, used as the build of ``part`` did where it is an adapter."""
+    base, adapter = adapter_as_built(part, checkpoint, base)
+    return find_checkpoint(checkpoint, base=base, adapter=adapter)
+
+
+def adapter_as_built(
+    part: Part, checkpoint: CheckpointSource, base: str | Path | None
+) -> tuple[str | Path | None, AdapterUse | None]:
+    """(base, use) of ``checkpoint`` where it is an adapter, as the build of ``part`` had them; None where it is none.
+
+    ``base`` is what the user gives, else what the user's own build read.
+    """
+    if in_memory(checkpoint):
+        return base, None
+    assert isinstance(checkpoint, str | Path)
+    adapter = part.manifest["checkpoint"].get("adapter")
+    if adapter is None:
+        beside = (Path(checkpoint) / ADAPTER_CONFIG).exists() and holds_model(Path(checkpoint))
+        return base, "ignore" if beside else None
+    if base is None and is_own(part.manifest) and Path(part.manifest["source"].get("base") or "").is_absolute():
+        base = part.manifest["source"]["base"]
+    return base, "merge" if adapter["merged"] else "only"
+
+
 def refuse_other_model(
-    part: Part, checkpoint: AnyCheckpoint, fingerprint: str, model: Any, tokenizer: Any, tokenizer_folder: AnyTokenizer
+    part: Part,
+    checkpoint: AnyCheckpoint,
+    identity: Mapping[str, Any],
+    model: Any,
+    tokenizer: Any,
+    tokenizer_folder: AnyTokenizer,
 ) -> None:
     """MismatchError unless ``model`` and ``tokenizer`` are those that ``part`` was built from. It shows every
     difference.
 
-    ``fingerprint`` is that of the weights of ``checkpoint``, from which ``model`` was loaded.
+    ``identity`` is that of the weights of ``checkpoint``, from which ``model`` was loaded.
     """
     stored = part.manifest["checkpoint"]
-    own = {"fingerprint": fingerprint, "architecture": type(model).__name__}
-    weights = differences({name: stored[name] for name in own}, own, "checkpoint")
+    own = {**identity, "architecture": type(model).__name__}
+    weights = differences({name: value for name, value in stored.items() if name != "config"}, own, "checkpoint")
     config = config_differences(stored["config"], model.config)
     tokens = differences(part.manifest["tokenizer"], tokenizer_identity(tokenizer), "tokenizer")
     if not (weights or config or tokens):

@@ -13,6 +13,7 @@ from ghoststore.settings.shared import (
     FIRST_VAL_SAMPLES,
     FLOATS,
     LOSS_REDUCTION,
+    AdapterOptions,
     Checkpoint,
     CheckpointOptions,
     CorpusOptions,
@@ -134,7 +135,7 @@ class EvaluateOptions(
 
 
 @options
-class DoctorOptions(ProgressOption, DeviceOption, FieldsOption):
+class DoctorOptions(ProgressOption, AdapterOptions, DeviceOption, FieldsOption):
     """Options of ``ghoststore doctor``."""
 
     checkpoint: Checkpoint | None = option(

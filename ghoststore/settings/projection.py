@@ -55,8 +55,9 @@ class ProjectionConfig:
     """
 
     layers: tuple[str, ...] = option(
-        ("mlp", "attn"),
-        "Layers: mlp, attn, norm, embeddings, head, all, module paths or globs; comma-separated.",
+        ("auto",),
+        "Layers: mlp, attn, norm, embeddings, head, adapter, all, module paths or globs; comma-separated. auto: those "
+        "of a LoRA adapter, or mlp,attn without one.",
         "Projection",
         flag="--proj-layers",
     )

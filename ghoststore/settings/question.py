@@ -121,6 +121,12 @@ class OpenedAgain(BehindOption, DeviceOption):
     tokenizer: TokenizerSource | None = option(
         None, "The tokenizer the part was built with (default: where your own build read it).", "Model"
     )
+    base: str | Path | None = option(
+        None,
+        "Where the checkpoint is an adapter: the folder of its base (default: as in your own build).",
+        "Model",
+        metavar="MODEL",
+    )
 
 
 @options

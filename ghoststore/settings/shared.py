@@ -32,8 +32,16 @@ Data: TypeAlias = str | Path | Sequence[Path] | Sequence[str] | Sequence[Mapping
 """A path or several; or texts, dictionaries, or a table in memory (`datasets.Dataset`, pandas, Arrow)."""
 Checkpoint: TypeAlias = str | Path | InMemory
 """A folder in transformers' format or a hub id; or a loaded model."""
+AdapterUse = Literal["only", "merge", "ignore"]
 TokenizerSource: TypeAlias = str | Path | InMemory
 """A folder or a hub id; or a loaded tokenizer."""
+
+
+BASE = "Folder of the model that the checkpoint, an adapter, belongs to (default: the one that it names)."
+ADAPTER = (
+    "Of a checkpoint that is a LoRA adapter (default: only). only: gradients of the adapter's parameters; merge: it is "
+    "merged into its base, whose gradients are taken; ignore: the model beside it in its folder."
+)
 
 
 def in_memory(given: object) -> bool:
@@ -127,10 +135,20 @@ class LengthOptions:
 
 
 @options
-class CheckpointOptions(DeviceOption):
+class AdapterOptions:
+    """The options for a checkpoint that is an adapter."""
+
+    base: str | Path | None = option(None, BASE, "Model", metavar="MODEL")
+    adapter: AdapterUse | None = option(None, ADAPTER, "Model")
+
+
+@options
+class CheckpointOptions(AdapterOptions, DeviceOption):
     """The options for a checkpoint at which gradients are computed."""
 
-    checkpoint: Checkpoint = field(metadata=about("Folder in transformers' format, or a hub id.", "Model"))
+    checkpoint: Checkpoint = field(
+        metadata=about("Folder in transformers' format, of a model or a LoRA adapter, or a hub id.", "Model")
+    )
     tokenizer: TokenizerSource | None = option(None, "Folder of the tokenizer (default: the checkpoint's).", "Model")
     model_dtype: str = option("float32", "Numbers the model computes with.", "Model", choices=FLOATS)
     attn_implementation: str | None = option(

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ghoststore.checkpoint.in_memory import recorded_tokenizer
+from ghoststore.checkpoint.find import Checkpoint
+from ghoststore.checkpoint.in_memory import LoadedCheckpoint, recorded_tokenizer
 from ghoststore.checkpoint.load import (
     AnyCheckpoint,
-    Checkpoint,
     find_checkpoint,
     given_tokenizer,
     load_model,
@@ -60,13 +60,15 @@ class BuildInputs:
         """The sections of the manifest that identify the model and the tokenizer."""
         stored = None if self.existing is None else self.existing.manifest
         return {
-            "checkpoint": checkpoint_section(self.checkpoint.fingerprint(), self.model, stored),
+            "checkpoint": checkpoint_section(self.checkpoint.identity(), self.model, stored),
             "tokenizer": self.tokenizer.identity,
         }
 
     def description(self) -> Manifest:
         """The sections of the manifest that say where the inputs are, and which hardware and software compute."""
         options, checkpoint, state = self.options, self.checkpoint, self.options.optimizer_state
+        in_memory = isinstance(checkpoint, LoadedCheckpoint)
+        base = None if isinstance(checkpoint, Checkpoint) else checkpoint.recorded_base
         return {
             "source": {
                 "checkpoint": checkpoint.recorded,
@@ -74,7 +76,8 @@ class BuildInputs:
                 "data": self.corpus.recorded,
                 "form": self.corpus.form,
                 "optimizer_state": None if state is None else str(Path(state).resolve()),
-                "learning_rate": learning_rate_of(checkpoint.folder) if isinstance(checkpoint, Checkpoint) else None,
+                "learning_rate": None if in_memory else learning_rate_of(checkpoint.folder),
+                **({} if base is None else {"base": base}),
             },
             "compute": {
                 "device": torch.device(self.device).type,
@@ -92,7 +95,7 @@ def open_inputs(options: BuildOptions, progress: Progress, repaired: Part | None
     unless it is ``repaired``.
     """
     device = resolve_device(options.device, options.checkpoint)
-    checkpoint = find_checkpoint(options.checkpoint)
+    checkpoint = find_checkpoint(options.checkpoint, base=options.base, adapter=options.adapter)
     given = options.tokenizer
     text_tokenizer = load_tokenizer(checkpoint.tokenizer_folder if given is None else given_tokenizer(given))
     default_name = safe_name(checkpoint.name, part_word(options.data))

@@ -119,7 +119,7 @@ class ModelCheck:
     @cached_property
     def _different_ids(self) -> Tensor:
         of_corpus = dict.fromkeys(int(token) for tokens in self._tokens for token in tokens)
-        vocabulary = int(self._model.get_input_embeddings().num_embeddings)
+        vocabulary = len(self._model.get_input_embeddings().weight)
         drawn = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))[: 2 * MANY_IDS].tolist()
         return torch.tensor(list(dict.fromkeys([*of_corpus, *drawn]))[:MANY_IDS])
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import zarr
 
+from ghoststore.checkpoint.same_model import adapter_as_built
 from ghoststore.errors import BusyError, CorruptError, GhostStoreError, MismatchError, StorageError, UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.build import BuildOptions
@@ -321,8 +322,11 @@ class _Repair:
                 f"{whose} was built on standard input or on what is in memory, which cannot be read again: give `data` "
                 "(and `checkpoint`, if that was in memory), the same as then"
             )
+        base, use = adapter_as_built(part, checkpoint, user_options.base)
         return BuildOptions(
             checkpoint=checkpoint,
+            base=base,
+            adapter=use,
             tokenizer=source_path(manifest, "tokenizer", whose, "tokenizer", user_options.tokenizer),
             data=data,
             store=part.path.parent.parent,

@@ -75,5 +75,5 @@ def _memory(job: BuildJob) -> int:
     model, layout = job.inputs.model, job.layout
     matrices = sum(4 * (shape.k_in * shape.n_in + shape.k_out * shape.n_out) for shape in job.projected.shapes)
     spans = 3 * layout.span_rows * layout.dimension * 4
-    logits = job.inputs.batch_tokens * int(model.get_input_embeddings().num_embeddings * model.dtype.itemsize)
+    logits = job.inputs.batch_tokens * int(len(model.get_input_embeddings().weight) * model.dtype.itemsize)
     return matrices + max(spans, learning_bytes(job.projected)) + logits

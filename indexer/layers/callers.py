@@ -17,7 +17,9 @@ TAKEN = re.compile(
 BY_PARENT = frozenset({"relative_attention_bias", "Llama4TextExperts"})
 """Names and classes of modules that are not called with the rows of samples."""
 WHOLE = (nn.MultiheadAttention,)
-"""Modules that use the weights of the modules in them without calling these."""
+"""Modules that use the weights of the modules in them without calling these. So do peft's of DoRA (a ``lora_variant``),
+which call them with the identity as well.
+"""
 NOT_CALLED = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict, ParametrizationList)
 """Modules that hold parameters but are not called with samples: the module around them is."""
 
@@ -54,7 +56,7 @@ def caller_of(model: nn.Module, name: str) -> str:
     """The module at ``name``, or the nearest around it that is called with samples; "" if that is the model."""
     parts = name.split(".")
     for stop in range(1, len(parts)):
-        if isinstance(model.get_submodule(".".join(parts[:stop])), WHOLE):
+        if _is_whole(model.get_submodule(".".join(parts[:stop]))):
             return ".".join(parts[:stop])
     name = _list_of_experts(name) or name
     if _used_by_parent(model, name):
@@ -62,6 +64,10 @@ def caller_of(model: nn.Module, name: str) -> str:
     while name and not _called_with_samples(model.get_submodule(name)):
         name = name.rpartition(".")[0]
     return name
+
+
+def _is_whole(module: nn.Module) -> bool:
+    return isinstance(module, WHOLE) or bool(getattr(module, "lora_variant", None))
 
 
 def _list_of_experts(name: str) -> str | None:
@@ -85,7 +91,7 @@ def is_part_of_another(model: nn.Module, name: str) -> bool:
     """
     if _list_of_experts(name) is not None or _used_by_parent(model, name):
         return True
-    return isinstance(model.get_submodule(caller_of(model, name)), WHOLE)
+    return _is_whole(model.get_submodule(caller_of(model, name)))
 
 
 def _used_by_parent(model: nn.Module, name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -14,7 +14,7 @@ from ghoststore.errors import LayerError, UsageError
 from ghoststore.settings.projection import PLAIN_RANK_TOTAL, ProjectionConfig, RankTotal
 from indexer.projection.blocks import Block
 from indexer.projection.calibration import Calibration, LayerShape
-from indexer.projection.selection import select_blocks
+from indexer.projection.selection import default_layers, select_blocks
 
 SKETCHED_RANK_TOTAL = 64 * 64
 NUMBERS_PER_LAYER = 64
@@ -135,6 +135,8 @@ class ProjectionPlan:
         Raises LayerError as :func:`select_blocks` does, and for a rank larger than a layer; UsageError if ``compress``
         is not smaller than the vector.
         """
+        if config.layers == ("auto",):
+            config = replace(config, layers=default_layers(model))
         selection = select_blocks(
             model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings
         )

@@ -2,7 +2,8 @@
 
 A pattern is a module path or a glob. Its components match whole, consecutive components anywhere in a module's path:
 ``mlp.c_fc`` matches ``transformer.h.0.mlp.c_fc``; ``transformer.h.1`` matches everything in block 1 and nothing in
-block 10; ``h.*.attn`` matches each attention. Aliases: ``mlp``, ``attn``, ``norm``, ``embeddings``, ``head``, ``all``.
+block 10; ``h.*.attn`` matches each attention. Aliases: ``mlp``, ``attn``, ``norm``, ``embeddings``, ``head``,
+``adapter``, ``all``; ``auto`` is resolved by :func:`default_layers`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from ghoststore.checkpoint.adapter import has_adapter, is_adapter_path
 from ghoststore.errors import LayerError
 from indexer.layers import LayerType, layer_type_by_name, layer_type_of
 from indexer.layers.callers import is_part_of_another, replayed_parameters
@@ -69,8 +71,14 @@ ALIASES: dict[str, Callable[[list[str], LayerType], bool]] = {
     "norm": _is_norm,
     "embeddings": _is_embedding,
     "head": lambda parts, kind: _matrix(parts, kind) and parts[-1] in HEADS,
+    "adapter": lambda parts, kind: is_adapter_path(parts),
     "all": lambda parts, kind: True,
 }
+
+
+def default_layers(model: nn.Module) -> tuple[str, ...]:
+    """The patterns for which ``auto`` stands: all of a LoRA adapter, if the model has one, else its block linears."""
+    return ("adapter",) if has_adapter(model) else BLOCK_LINEARS
 
 
 def matches_path(pattern: str, path: str) -> bool:
@@ -185,7 +193,12 @@ def _selects_unsupported(pattern: str, name: str) -> bool:
     """Whether ``pattern`` would select the module ``name``, which nothing handles."""
     parts = name.split(".")
     if pattern in ALIASES:
-        return {"all": True, "mlp": _in_feed_forward(parts), "attn": _in_attention(parts)}.get(pattern, False)
+        return {
+            "all": True,
+            "adapter": is_adapter_path(parts),
+            "mlp": _in_feed_forward(parts),
+            "attn": _in_attention(parts),
+        }.get(pattern, False)
     return matches_path(pattern, name)
 
 

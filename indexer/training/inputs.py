@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from ghoststore.checkpoint.find import Checkpoint, find_folder
 from ghoststore.checkpoint.in_memory import tokenizer_source
 from ghoststore.checkpoint.load import (
     AnyTokenizer,
-    Checkpoint,
-    find_folder,
     find_tokenizer,
     load_model,
     load_tokenizer,

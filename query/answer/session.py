@@ -25,7 +25,7 @@ from query.ask.opened_model import OpenedModel
 from query.ask.scorer import chosen_rows
 from query.search.vectors import PartVectors
 
-OF_SESSION = ("store", "part", "checkpoint", "tokenizer", "data", "device")
+OF_SESSION = ("store", "part", "checkpoint", "base", "tokenizer", "data", "device")
 """Options of a query that the session has."""
 NOT_OF_SESSION = ("run", "step_window", "last", "candidates", "part_weights")
 """Options of a query of other things than one part."""

@@ -24,13 +24,12 @@ from torch import Tensor
 from ghoststore.checkpoint.load import (
     AnyCheckpoint,
     AnyTokenizer,
-    find_checkpoint,
     find_tokenizer,
     load_model,
     load_tokenizer,
     resolve_device,
 )
-from ghoststore.checkpoint.same_model import refuse_incomplete, refuse_other_model
+from ghoststore.checkpoint.same_model import find_as_built, refuse_incomplete, refuse_other_model
 from ghoststore.corpus import Corpus, Position, Sample
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress, Silent, Task
@@ -87,9 +86,9 @@ class PartEncoder:
     """The model, tokenizer and projection of ``part``, opened once. Encodes samples, and rows of the part, as the build
     did. Between two calls the model is free for other uses.
 
-    ``checkpoint``, ``tokenizer`` and ``data`` say where to read these (default: where the user's own build read them);
-    ``corpus`` is the corpus of the part if it is open already. MismatchError if checkpoint, tokenizer or projection are
-    not those of the part.
+    ``checkpoint``, ``base`` (of an adapter), ``tokenizer`` and ``data`` say where to read these (default: where the
+    user's own build read them); ``corpus`` is the corpus of the part if it is open already. MismatchError if
+    checkpoint, tokenizer or projection are not those of the part.
     """
 
     def __init__(
@@ -97,6 +96,7 @@ class PartEncoder:
         part: Part,
         *,
         checkpoint: CheckpointSource | None = None,
+        base: str | Path | None = None,
         tokenizer: TokenizerSource | None = None,
         data: Data | None = None,
         device: str = "auto",
@@ -104,7 +104,9 @@ class PartEncoder:
         progress: Progress | None = None,
     ) -> None:
         self._progress = progress or Silent()
-        self.model, self._tokenizer = load_for(part, checkpoint, tokenizer, resolve_device(device, checkpoint))
+        self.model, self._tokenizer = load_for(
+            part, checkpoint, tokenizer, resolve_device(device, checkpoint), base=base
+        )
         self._tokenizer.note = self._progress.note
         self._corpus, self._data = corpus, data
         self._project(part, projection_of(part, self.model))
@@ -326,7 +328,12 @@ def _by_label(rows: list[Row], places: list[int], grouping: Grouping) -> dict[st
 
 
 def load_for(
-    part: Part, checkpoint: CheckpointSource | None, tokenizer: TokenizerSource | None, device: str
+    part: Part,
+    checkpoint: CheckpointSource | None,
+    tokenizer: TokenizerSource | None,
+    device: str,
+    *,
+    base: str | Path | None = None,
 ) -> tuple[Any, Tokenizer]:
     """The model and tokenizer of ``part``, read from where the user says, or from where the user's own build read them.
 
@@ -340,10 +347,10 @@ def load_for(
         raise UsageError(
             f"{name} was built from a model in memory: give `checkpoint`, that model or the folder it was saved to"
         )
-    files = find_checkpoint(path)
+    files = find_as_built(part, path, base)
     folder = tokenizer_folder(part, tokenizer, files)
     with ThreadPoolExecutor(1) as pool:  # every byte is read while tokenizer and model load
-        fingerprint = pool.submit(files.fingerprint)
+        identity = pool.submit(files.identity)
         loaded = load_tokenizer(folder)
         model = load_model(
             files,
@@ -351,7 +358,7 @@ def load_for(
             device=device,
             attn_implementation=part.manifest["compute"]["attn_implementation"],
         )
-        weights = fingerprint.result()
+        weights = identity.result()
     refuse_other_model(part, files, weights, model, loaded, folder)
     return model, Tokenizer(
         loaded,

@@ -39,6 +39,7 @@ class OpenedModel:
             self._encoder = PartEncoder(
                 part,
                 checkpoint=self._options.checkpoint,
+                base=self._options.base,
                 tokenizer=self._options.tokenizer,
                 data=self._options.data,
                 device=self._options.device,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 
 from torch import Tensor
 
@@ -39,12 +40,13 @@ class RunEncoder(PartEncoder):
         run: Run,
         *,
         checkpoint: CheckpointSource,
+        base: str | Path | None,
         tokenizer: TokenizerSource | None,
         device: str,
         progress: Progress,
     ) -> None:
         self._progress = progress
-        manifest, found = run.manifest, find_checkpoint(checkpoint)
+        manifest, found = run.manifest, find_checkpoint(checkpoint, base=base)
         folder = found.tokenizer_folder if tokenizer is None else find_tokenizer(tokenizer)
         loaded = load_tokenizer(folder)
         with reading(run.path / "zarr.json", "does not say how its model was trained"):

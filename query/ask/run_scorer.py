@@ -130,6 +130,7 @@ class RunScorer:
         encoder = RunEncoder(
             self.run,
             checkpoint=checkpoint,
+            base=question.base,
             tokenizer=question.tokenizer,
             device=question.device,
             progress=progress,

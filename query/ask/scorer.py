@@ -83,6 +83,7 @@ def open_scorer(
             encoder = PartEncoder(
                 part,
                 checkpoint=checkpoint,
+                base=question.base,
                 tokenizer=question.tokenizer,
                 data=question.data,
                 device=question.device,

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from ghoststore.checkpoint.load import choose_max_length, find_folder, load_tokenizer, resolve_device
+from ghoststore.checkpoint.load import choose_max_length, find_checkpoint, load_tokenizer, resolve_device
 from ghoststore.corpus import Fields, open_corpus, source_name
 from ghoststore.errors import CaptureError, UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.measure import DoctorOptions
 from ghoststore.settings.projection import ProjectionConfig
-from ghoststore.settings.shared import in_memory
+from ghoststore.settings.shared import AdapterUse, in_memory
 from indexer.encode.tokens import Tokenizer, embedding_rows
 from indexer.projection.matrices import Projection
 from query.doctor import (
@@ -102,6 +102,8 @@ def doctor(options: DoctorOptions) -> DoctorReport:
         options.model_dtype,
         options.device,
         options.attn_implementation,
+        base=options.base,
+        adapter=options.adapter,
     )
     with ExitStack() as stack:
         corpus = (
@@ -166,6 +168,9 @@ def _open_models(
     dtype: str | None,
     device: str,
     kernel: str | None,
+    *,
+    base: str | Path | None,
+    adapter: AdapterUse | None,
 ) -> tuple[Models, Any]:
     """(source of the model in its dtypes and kernels, its tokenizer). UsageError unless exactly one model is given."""
     if in_memory(checkpoint):
@@ -174,13 +179,15 @@ def _open_models(
         raise UsageError("give either a checkpoint or a model in memory")
     models: Models
     if model is not None:
+        if base is not None or adapter is not None:
+            raise UsageError("`base` and `adapter` belong to the folder of an adapter, and the model is in memory")
         if tokenizer is None:
             raise UsageError("a model in memory needs its tokenizer: give `tokenizer`")
         models = LoadedModels(model, dtype, device, kernel)
         return models, load_tokenizer(Path(tokenizer)) if isinstance(tokenizer, (str, Path)) else tokenizer
     assert checkpoint is not None
-    saved = find_folder(checkpoint)
+    saved = find_checkpoint(checkpoint, base=base, adapter=adapter)
     models = SavedModels(saved, dtype or "float32", resolve_device(device), kernel)
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
-        tokenizer = load_tokenizer(saved.folder if tokenizer is None else Path(tokenizer))
+        tokenizer = load_tokenizer(saved.tokenizer_folder if tokenizer is None else Path(tokenizer))
     return models, tokenizer

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ghoststore.checkpoint.load import DTYPES, Checkpoint, load_model, quiet_transformers
+from ghoststore.checkpoint.load import DTYPES, AnyCheckpoint, load_model, quiet_transformers
 from ghoststore.errors import UsageError
 from ghoststore.machine import available_memory
 from indexer.encode.engine import unwrap
@@ -37,8 +37,8 @@ class Models(Protocol):
 class SavedModels:
     """The models of a checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str, device: str, kernel: str | None) -> None:
-        self.name, self.dtype, self.device = str(checkpoint.folder), dtype, device
+    def __init__(self, checkpoint: AnyCheckpoint, dtype: str, device: str, kernel: str | None) -> None:
+        self.name, self.dtype, self.device = checkpoint.where, dtype, device
         self._checkpoint, self._kernel = checkpoint, kernel
 
     def reference(self) -> Any:

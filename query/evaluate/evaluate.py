@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ghoststore.checkpoint.find import find_folder
 from ghoststore.checkpoint.in_memory import as_folders
-from ghoststore.checkpoint.load import find_folder, load_model, resolve_device
+from ghoststore.checkpoint.load import load_model, resolve_device
 from ghoststore.corpus import Fields, source_name, source_of
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent

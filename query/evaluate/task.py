@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ghoststore.checkpoint.find import find_folder
 from ghoststore.checkpoint.in_memory import tokenizer_source
-from ghoststore.checkpoint.load import find_folder
 from ghoststore.corpus import Corpus, Fields, Source, open_corpus
+from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.settings.build import TokenizeOptions
 from ghoststore.settings.question import RebuiltOptions
@@ -99,11 +100,17 @@ class Task:
         ``behind`` says where checkpoint, tokenizer and corpus are, if not where the user's own build read them.
         MismatchError if one of them is no longer the one that the part was built from.
         """
+        if part.manifest["checkpoint"].get("adapter") is not None:
+            raise UsageError(
+                f"part {part.name!r} is of an adapter, and an evaluation trains whole models anew: build a part of the "
+                "merged model (`model.merge_and_unload().save_pretrained(folder)`) and evaluate that"
+            )
         corpus = corpus_behind(part, behind.data)
         # The encoder checks the folders; the trainings below read configuration, weights and tokenizer from them.
         encoder = PartEncoder(
             part,
             checkpoint=behind.checkpoint,
+            base=behind.base,
             tokenizer=behind.tokenizer,
             device=device,
             corpus=corpus,

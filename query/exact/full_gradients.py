@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ghoststore.checkpoint.adapter import has_adapter, is_adapter_path
 from ghoststore.checkpoint.in_memory import recorded_tokenizer
 from ghoststore.checkpoint.load import (
     AnyCheckpoint,
@@ -25,12 +26,11 @@ from ghoststore.errors import CorpusError, UsageError
 from ghoststore.progress import Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.measure import FullGradientsOptions
-from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.shared import TokenizerSource, is_stdin
 from ghoststore.software import versions_of
 from ghoststore.store.base.manifest import Manifest
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, embedding_rows, longest_row, rows_of
-from indexer.projection.selection import select_blocks
+from indexer.projection.selection import default_layers, select_blocks
 from query.exact.files import date_in, stored_manifest
 from query.exact.gradients import ExactGradients
 from query.exact.job import FullGradientsReport as FullGradientsReport
@@ -45,7 +45,8 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
     """Write the gradient of the own loss of each of the first ``max_samples`` samples, unprojected, to the folder
     ``out``.
 
-    Each row goes through the model alone, and plain autograd gives its gradient. ``parameters`` is ``all``, or
+    Each row goes through the model alone, and plain autograd gives its gradient. ``parameters`` is ``all`` (of an
+    adapter: its own), or
     ``projected``: the parameters of the layers that ``proj_layers`` (default: mlp, attn), ``exclude_layers`` and
     ``include_embeddings`` select, as in ``ghoststore build``. Tied parameters count once. ``dtype`` is that of the
     numbers in the files. A file holds about 256 MiB of gradients; ``manifest.json`` says where each row and each
@@ -62,7 +63,8 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
     )
     if options.dry_run and is_stdin(options.data):
         raise UsageError("`dry_run` cannot read standard input: the corpus would be used up; give a file")
-    checkpoint, device = find_checkpoint(options.checkpoint), resolve_device(options.device, options.checkpoint)
+    checkpoint = find_checkpoint(options.checkpoint, base=options.base, adapter=options.adapter)
+    device = resolve_device(options.device, options.checkpoint)
     given = options.tokenizer
     folder = checkpoint.tokenizer_folder if given is None else given_tokenizer(given)
     text_tokenizer = load_tokenizer(folder)
@@ -83,13 +85,15 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
         )
         read = _read(corpus, tokenizer, settings, options.max_samples)
         names = None
+        if options.parameters == "all" and has_adapter(model):
+            names = {name for name, _ in model.named_parameters() if is_adapter_path(name.split("."))}
         if options.parameters == "projected":
-            layers = tuple(options.proj_layers) or ProjectionConfig().layers
+            layers = tuple(options.proj_layers) or default_layers(model)
             chosen = select_blocks(model, layers, options.exclude_layers, include_embeddings=options.include_embeddings)
             names = {name for block in chosen.blocks for name in block.parameters}
         exact = ExactGradients(model, names, reduction=options.loss_reduction)
         manifest: Manifest = {
-            "checkpoint": checkpoint_section(checkpoint.fingerprint(), model),
+            "checkpoint": checkpoint_section(checkpoint.identity(), model),
             "tokenizer": tokenizer.identity,
             "corpus": {"fingerprint": read.fingerprint, "samples": read.samples, "fields": corpus.resolved.to_json()},
             "tokens": asdict(settings),

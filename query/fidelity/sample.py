@@ -116,6 +116,7 @@ def open_encoder(part: Part, what: str, options: RebuiltOptions, progress: Progr
         return PartEncoder(
             part,
             checkpoint=options.checkpoint,
+            base=options.base,
             tokenizer=options.tokenizer,
             device=options.device,
             corpus=corpus,

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ghoststore.checkpoint.config_identity import config_identity
+from ghoststore.checkpoint.find import find_folder
 from ghoststore.checkpoint.in_memory import LoadedCheckpoint, LoadedTokenizer, as_folders
-from ghoststore.checkpoint.load import find_checkpoint, find_folder, load_model, load_tokenizer, resolve_device
+from ghoststore.checkpoint.load import find_checkpoint, load_model, load_tokenizer, resolve_device
 from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.errors import CheckpointError, UsageError
 from query.demo.tokenizer import train_tokenizer

@@ -72,7 +72,7 @@ def is_own_digest(digest: str) -> bool:
     return stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()
 
 
-PATHS = ("checkpoint", "tokenizer", "data", "corpus")
+PATHS = ("checkpoint", "base", "tokenizer", "data", "corpus")
 """Entries of a manifest's ``source`` that are paths to read from."""
 
 

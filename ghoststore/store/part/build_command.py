@@ -9,13 +9,12 @@ from typing import Any
 
 from ghoststore.settings.build import BuildOptions
 from ghoststore.settings.flags import entries_of
-from ghoststore.settings.projection import ProjectionConfig, unsketched
+from ghoststore.settings.projection import unsketched
 from ghoststore.store.base.manifest import Manifest
 from ghoststore.store.part.kept import fields_of
 
 DEFAULTS: dict[str, Any] = {
     **{entry.flag: entry.spec.default for entry in entries_of(BuildOptions)},
-    "--proj-layers": ",".join(ProjectionConfig().layers),
     "--attn-implementation": "sdpa",
     "--text-field": "text",
     "--id-field": "id",
@@ -37,7 +36,10 @@ def build_command(manifest: Manifest, store: Path, name: str) -> str:
 def _options(manifest: Manifest, store: Path, name: str) -> Iterator[tuple[str, Any]]:
     """(option, value); None or False leaves the option out, True stands for a switch."""
     source, compute, storage = manifest["source"], manifest["compute"], manifest["storage"]
+    adapter = manifest["checkpoint"].get("adapter")
     yield "--checkpoint", source["checkpoint"]
+    yield "--base", source.get("base")
+    yield "--adapter", None if adapter is None else "merge" if adapter["merged"] else "only"
     yield "--tokenizer", source["tokenizer"]
     yield from (("--data", path) for path in source["data"].split("\n"))
     yield "--store", store
@@ -56,7 +58,9 @@ def _options(manifest: Manifest, store: Path, name: str) -> Iterator[tuple[str, 
     yield "--gradient-checkpointing", compute["gradient_checkpointing"]
     yield "--optimizer-state", source["optimizer_state"]
     yield "--proj-dtype", storage["dtype"]
-    yield from _projection(manifest["projection"], manifest["layers"])
+    yield from _projection(
+        manifest["projection"], manifest["layers"], of_adapter=adapter is not None and not adapter["merged"]
+    )
 
 
 def _fields(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -68,8 +72,9 @@ def _fields(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         yield f"--{name}", fields.get(name)
 
 
-def _projection(stored: dict[str, Any], layers: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
-    yield "--proj-layers", ",".join(stored["layers"])
+def _projection(stored: dict[str, Any], layers: list[dict[str, Any]], *, of_adapter: bool) -> Iterator[tuple[str, Any]]:
+    default = ["adapter"] if of_adapter else ["mlp", "attn"]
+    yield "--proj-layers", None if stored["layers"] == default else ",".join(stored["layers"])
     yield "--exclude-layers", ",".join(stored["exclude_layers"]) or None
     yield "--include-embeddings", stored["include_embeddings"]
     yield "--proj-rank-total", stored["rank_total"]

@@ -13,7 +13,7 @@ import pytest
 import ghoststore
 from ghoststore import Part, ProjectionConfig
 from ghoststore.checkpoint import load
-from ghoststore.checkpoint.load import Checkpoint
+from ghoststore.checkpoint.find import Checkpoint
 from ghoststore.corpus import corpus
 from ghoststore.corpus.corpus import Corpus
 from ghoststore.store.spans.group import Spanned

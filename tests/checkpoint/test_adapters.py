@@ -1,0 +1,253 @@
+"""LoRA adapters as checkpoints: the gradients of their parameters are those of autograd, and what is not is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ghoststore.checkpoint.adapter import has_adapter, is_adapter_path
+from ghoststore.checkpoint.load import find_checkpoint, load_model
+from ghoststore.errors import CheckpointError, UsageError
+from ghoststore.settings.projection import ProjectionConfig
+from indexer.encode.engine import GradProjLoraEngine
+from indexer.projection.selection import select_blocks
+from tests.support.adapters import OF_GPT2, OF_LLAMA, adapted
+from tests.support.models import causal_vectors, examples, gpt2, llama, next_token_loss_of
+from tests.support.oracle import naive, relative_error
+from tests.support.scoring import BATCH, VAL, causal_engine, causal_step, check, exact_causal
+
+pytest.importorskip("peft", reason="peft is not installed: pip install 'ghoststore[peft]'")
+
+KINDS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    **{f"llama {name}": (llama, settings) for name, settings in OF_LLAMA.items()},
+    **{f"gpt2 {name}": (gpt2, settings) for name, settings in OF_GPT2.items()},
+}
+
+
+def saved(folder: Path, make: Callable[[], Any], **settings: Any) -> tuple[Any, Path]:
+    """(the PeftModel, the folder of its adapter), its base beside it."""
+    model = make()
+    model.save_pretrained(folder / "base")
+    model = type(model).from_pretrained(folder / "base").eval()
+    peft = adapted(model, **settings)
+    peft.save_pretrained(folder / "adapter")
+    return peft, folder / "adapter"
+
+
+def logits(model: Any) -> Tensor:
+    return model(torch.arange(1, 12).unsqueeze(0)).logits.detach()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_and_its_vectors_are_exact(tmp_path: Path, kind: str) -> None:
+    make, settings = KINDS[kind]
+    peft, folder = saved(tmp_path, make, **settings)
+    model = load_model(find_checkpoint(folder))
+    assert torch.equal(logits(model), logits(peft))
+    batch = examples()
+    with GradProjLoraEngine(model, ProjectionConfig(rank_total=9)) as engine:
+        vectors = causal_vectors(engine, model, batch)
+        projection = engine.projection
+    trained = {name for name, p in peft.named_parameters() if p.requires_grad}
+    covered = {name for layer in projection.plan.layers for name in layer.block.parameters}
+    assert {f"base_model.model.{name}" for name in covered} == trained
+    expected = naive(model, projection, len(batch), next_token_loss_of(batch))
+    assert relative_error(vectors, expected.vectors) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama lora", "llama dora", "llama saved", "gpt2 lora"])
+def test_the_merged_model_is_an_ordinary_one(tmp_path: Path, kind: str) -> None:
+    make, settings = KINDS[kind]
+    peft, folder = saved(tmp_path, make, **settings)
+    merged = load_model(find_checkpoint(folder, adapter="merge"))
+    assert not has_adapter(merged)
+    assert not any(is_adapter_path(name.split(".")) for name, _ in merged.named_parameters())
+    assert torch.allclose(logits(merged), logits(peft), rtol=1e-4, atol=1e-5)
+    selection = select_blocks(merged)
+    assert [block.name for block in selection.blocks] == [block.name for block in select_blocks(make()).blocks]
+
+
+TRAINED = KINDS | {"gpt2 biases": (gpt2, {"target_modules": ["c_attn"], "bias": "lora_only"})}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TRAINED if kind != "llama dropout"])
+def test_training_scores_are_exact(kind: str) -> None:
+    make, settings = TRAINED[kind]
+    peft = adapted(make(), **settings)
+    trained = {name for name, p in peft.named_parameters() if p.requires_grad}
+    exact = exact_causal(peft, BATCH, VAL[:3]).only(trained.__contains__)
+    with causal_engine(peft, VAL[:3]) as engine:
+        check(causal_step(engine, peft), exact)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_in_memory_has_the_identity_of_its_folders(tmp_path: Path, kind: str) -> None:
+    make, settings = KINDS[kind]
+    peft, folder = saved(tmp_path, make, **settings)
+    assert find_checkpoint(peft).identity() == find_checkpoint(folder).identity()
+    assert find_checkpoint(peft).identity()["adapter"]["base"] == find_checkpoint(tmp_path / "base").fingerprint()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_number_of_an_adapter_counts(tmp_path: Path, kind: str) -> None:
+    make, settings = KINDS[kind]
+    _, folder = saved(tmp_path, make, **settings)
+    own = find_checkpoint(folder).identity()
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    for name in weights:
+        save_file(weights | {name: weights[name] + 1e-3}, file)
+        if "base_layer" in name:  # embeddings of the base, saved beside
+            with pytest.raises(CheckpointError, match="it brings more than the adapter"):
+                load_model(find_checkpoint(folder))
+        else:
+            assert find_checkpoint(folder).identity()["fingerprint"] != own["fingerprint"], name
+
+
+def test_the_identity_is_that_of_base_and_adapter(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path, llama, **OF_LLAMA["lora"])
+    own = find_checkpoint(folder).identity()
+    config = folder / "adapter_config.json"
+    others = [find_checkpoint(folder, adapter="merge").identity()]
+    for name, value in (("lora_alpha", 6), ("use_rslora", True)):
+        text = config.read_text()
+        config.write_text(json.dumps(json.loads(text) | {name: value}))
+        others.append(find_checkpoint(folder).identity())
+        config.write_text(text)
+    weights = load_file(folder / "adapter_model.safetensors")
+    first = next(iter(weights))
+    save_file(weights | {first: weights[first] + 1e-3}, folder / "adapter_model.safetensors")
+    others.append(find_checkpoint(folder).identity())
+    save_file(weights, folder / "adapter_model.safetensors")
+    llama(layers=2).half().save_pretrained(tmp_path / "base")
+    others.append(find_checkpoint(folder).identity())
+    fingerprints = [own["fingerprint"], *(other["fingerprint"] for other in others)]
+    assert len(set(fingerprints)) == len(fingerprints)
+    assert all(other["adapter"] != own["adapter"] for other in others)
+
+
+def test_what_does_not_change_the_outputs_is_not_compared(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path, llama, **OF_LLAMA["lora"])
+    own = find_checkpoint(folder).identity()
+    config = folder / "adapter_config.json"
+    fields = json.loads(config.read_text())
+    fields |= {"target_modules": fields["target_modules"][::-1], "lora_dropout": 0.5, "peft_version": "9", "new": None}
+    config.write_text(json.dumps(fields))
+    assert find_checkpoint(folder).identity() == own
+
+
+@pytest.mark.parametrize("where", ["absolute", "beside", "given", "in the same folder"])
+def test_the_base_is_found(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    peft, folder = saved(tmp_path, llama, **OF_LLAMA["lora"])
+    config = folder / "adapter_config.json"
+    given: dict[str, Any] = {}
+    named = str(tmp_path / "base")
+    if where == "beside":
+        named = "../base"
+        monkeypatch.chdir("/")
+    if where == "given":
+        named, given = "meta-llama/Llama-7", {"base": "base"}
+    if where == "in the same folder":
+        named, given = "meta-llama/Llama-7", {"adapter": "only"}
+        shutil.copytree(tmp_path / "base", folder, dirs_exist_ok=True)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": named}))
+    assert torch.equal(logits(load_model(find_checkpoint(folder, **given))), logits(peft))
+
+
+def test_a_folder_with_a_model_and_an_adapter_asks_which(tmp_path: Path) -> None:
+    peft, folder = saved(tmp_path, llama, **OF_LLAMA["lora"])
+    shutil.copytree(tmp_path / "base", folder, dirs_exist_ok=True)
+    with pytest.raises(UsageError, match=r"holds a model and an adapter: choose with `adapter`: only .*merge .*ignore"):
+        find_checkpoint(folder)
+    alone = load_model(find_checkpoint(folder, adapter="ignore"))
+    assert torch.equal(logits(alone), logits(load_model(find_checkpoint(tmp_path / "base"))))
+    assert find_checkpoint(folder, adapter="ignore").fingerprint() == find_checkpoint(tmp_path / "base").fingerprint()
+    assert torch.equal(logits(load_model(find_checkpoint(folder, adapter="only"))), logits(peft))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "biases": ({"bias": "lora_only"}, r"bias='lora_only': it trains biases of the base, .*Give `adapter=merge`"),
+    "tokens": ({"trainable_token_indices": [1, 2]}, r"has trainable_token_indices=.*Give `adapter=merge`"),
+    "pissa": ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa', which changes the weights of the base"),
+    "type": ({"peft_type": "IA3"}, r"is of the type 'IA3', and LoRA is read; where it was trained, model\.merge"),
+    "rank": ({"r": 1 << 40}, r"a rank is 1099511627776, and the longest axis"),
+    "no base": ({"base_model_name_or_path": None}, r"names no base: give `base`"),
+    "hub": ({"base_model_name_or_path": "org/name"}, r"no folder here, and nothing is fetched .*give `base`"),
+    "other rank": ({"r": 4}, r"does not fit .*base: "),
+    "other modules": ({"target_modules": ["q_proj", "k_proj"]}, r"its tensors are not those of its configuration"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, case: str) -> None:
+    settings, message = REFUSED[case]
+    _, folder = saved(tmp_path, llama, **OF_LLAMA["lora"])
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    with pytest.raises((CheckpointError, UsageError), match=message):
+        load_model(find_checkpoint(folder))
+
+
+def test_what_was_trained_with_biases_is_merged(tmp_path: Path) -> None:
+    peft, folder = saved(tmp_path, gpt2, target_modules=["c_attn"], bias="lora_only")
+    with pytest.raises(CheckpointError, match="Give `adapter=merge`"):
+        find_checkpoint(folder)
+    merged = load_model(find_checkpoint(folder, adapter="merge"))
+    assert torch.allclose(logits(merged), logits(peft), rtol=1e-4, atol=1e-5)
+
+
+def test_options_of_adapters_without_one_are_refused(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path, llama, **OF_LLAMA["lora"])
+    with pytest.raises(UsageError, match="`base` belongs to an adapter"):
+        find_checkpoint(tmp_path / "base", base=tmp_path / "base")
+    with pytest.raises(UsageError, match="`adapter` belongs to an adapter"):
+        find_checkpoint(tmp_path / "base", adapter="merge")
+    with pytest.raises(UsageError, match="is an adapter alone; nothing is left without it"):
+        find_checkpoint(folder, adapter="ignore")
+    with pytest.raises(UsageError, match="`adapter` 'both' is unknown; known: only, merge, ignore"):
+        find_checkpoint(folder, adapter="both")  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="is an adapter itself"):
+        find_checkpoint(folder, base=folder)
+
+
+def test_pickles_are_refused(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path, llama, **OF_LLAMA["lora"])
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"has no adapter_model\.safetensors but adapter_model\.bin, a pickle"):
+        find_checkpoint(folder)
+
+
+def test_a_quantised_base_is_refused_before_work(tmp_path: Path) -> None:
+    # As transformers writes it. Nothing of bitsandbytes was run.
+    _, folder = saved(tmp_path, llama, **OF_LLAMA["lora"])
+    config = tmp_path / "base" / "config.json"
+    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": quantised}))
+    with pytest.raises(CheckpointError, match=r"quantised by bitsandbytes \(4 bits\).*give `base`, a copy in 16 or 32"):
+        find_checkpoint(folder)
+
+
+def test_models_in_memory_that_a_folder_would_hold_otherwise_are_refused() -> None:
+    peft = adapted(llama(), **OF_LLAMA["lora"])
+    with pytest.raises(CheckpointError, match="it has adapters"):
+        find_checkpoint(peft.get_base_model())
+    with pytest.raises(UsageError, match=r"`adapter=merge` is for the folder.*merge_and_unload"):
+        find_checkpoint(peft, adapter="merge")
+    with pytest.raises(CheckpointError, match="switched off"), peft.disable_adapter():
+        find_checkpoint(peft)
+    peft.merge_adapter()
+    with pytest.raises(CheckpointError, match="merged or switched off in"):
+        find_checkpoint(peft)
+    peft.unmerge_adapter()
+    peft.add_adapter("other", peft.peft_config["default"])
+    with pytest.raises(CheckpointError, match="has the adapters default, other; expected one"):
+        find_checkpoint(peft)
