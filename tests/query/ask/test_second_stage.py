@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
 
 import ghoststore
 from ghoststore import ProjectionConfig
@@ -19,6 +21,8 @@ from query.ask.unit import metric_words
 from query.exact.products import exact_products
 from query.fidelity.fidelity import exact_gradients, pieces_of
 from tests.support.notes import Notes
+from tests.support.oracle import gradient_matrix, gradients_alone
+from tests.support.train_oracle import loss_of
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -141,6 +145,56 @@ def scores_of(hits: Any) -> list[float]:
     return [hit.score for hit in hits]
 
 
+@pytest.fixture(scope="module")
+def adam(lab: Lab, folder: Path) -> dict[str, torch.Tensor]:
+    """A part ``adam``, scaled by the state of an optimizer; its second moment by the name of a parameter."""
+    model = AutoModelForCausalLM.from_pretrained(lab.checkpoint)
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        scale = torch.rand(parameter.shape[-1], generator=generator) * torch.rand(1, generator=generator)
+        parameter.grad = torch.randn(parameter.shape, generator=generator) * scale
+    optimizer.step()
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    ghoststore.build(
+        checkpoint=lab.checkpoint,
+        data=folder / "train.jsonl",
+        store=folder / "store",
+        name="adam",
+        optimizer_state=folder,
+        device="cpu",
+    )
+    return {name: optimizer.state[p]["exp_avg_sq"].double() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+def test_scores_in_the_metric_of_adam(folder: Path, adam: dict[str, torch.Tensor], metric: str) -> None:
+    """Each row alone by autograd in float64, times 1/√V; of V's rows and columns, as the head of adam.py has it."""
+    part = Store.open(folder / "store").part("adam")
+    encoder = PartEncoder(part, device="cpu")
+    with open_corpus(str(folder / "val.jsonl"), Fields()) as corpus:
+        vals = [row for row in encoder.rows(corpus.samples()) if row.status.usable]
+    rows = encoder.source_rows(part.row_numbers[part.usable()])
+    everything = [(row.tokens.tolist(), row.first_target) for row in [*vals, *rows]]
+    model = encoder.model.double()
+    gradients = gradients_alone(model, len(everything), lambda model, place: loss_of(model, *everything[place]))
+    gram = torch.zeros(len(everything), len(everything), dtype=torch.float64)
+    for layer in encoder.plan.layers:
+        v_OI = gradient_matrix(model, layer.block.name, adam)
+        rank_one_OI = torch.outer(v_OI.mean(1), v_OI.mean(0)) / v_OI.mean()
+        matrices = torch.stack([gradient_matrix(model, layer.block.name, gradient) for gradient in gradients])
+        gram += (matrices / rank_one_OI.sqrt()).flatten(1) @ matrices.flatten(1).t()
+    scores = gram[: len(vals), len(vals) :]
+    if metric == "cosine":
+        lengths = gram.diagonal().sqrt()
+        scores = scores / lengths[: len(vals), None] / lengths[None, len(vals) :]
+    for ranking, wanted in zip(ask(folder, "adam", metric=metric, each=True).results, scores.numpy(), strict=True):
+        found = by_row(ranking.hits)
+        assert len(found) == len(wanted)
+        order = sorted(found)
+        np.testing.assert_allclose([found[row] for row in order], wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+
+
 def test_a_few_candidates(folder: Path) -> None:
     """Those of the first stage, in the order of the exact scores."""
     first = ask(folder, rerank=None, top_k=8, bottom_k=4, each=True)
@@ -194,10 +248,12 @@ def test_measured_eigenvalues(folder: Path) -> None:
 
 
 @pytest.mark.thin(3)
+@pytest.mark.usefixtures("adam")
 @pytest.mark.parametrize(
     ("part", "settings", "message"),
     [
         ("plain", {"rerank_with": "ekfac"}, "part 'plain' has none: give `rerank_with=exact`"),
+        ("adam", {"rerank_with": "ekfac"}, "part 'adam' has none: give `rerank_with=exact`"),
         ("kfac", {"rerank_with": "cg", "metric": "cosine"}, "Give `metric=dot`"),
         ("plain", {"rerank_with": "cg", "metric": None}, "Give `metric=dot`"),
         ("kfac", {"rerank_with": "cg", "rerank": None}, "belongs to `rerank`"),
