@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.accelerators import fresh_accelerator
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 
@@ -47,7 +49,8 @@ def test_an_example(
     if script.startswith("trl_"):
         pytest.importorskip("trl", reason="TRL is not installed: pip install '.[trl]'")
     monkeypatch.setattr(sys, "argv", [script, *arguments])
-    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    with fresh_accelerator():
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
     out = capsys.readouterr().out
     assert re.search(telling, out), out
 

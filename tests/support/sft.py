@@ -76,6 +76,7 @@ def config(folder: Path, **settings: Any) -> SFTConfig:
 
 
 def trainer_of(folder: Path, model: Any, rows: Dataset, callbacks: list[Any], **settings: Any) -> Any:
+    own = {key: settings.pop(key) for key in ("peft_config",) if key in settings}
     torch.manual_seed(0)
     return SFTTrainer(
         model=model,
@@ -83,6 +84,7 @@ def trainer_of(folder: Path, model: Any, rows: Dataset, callbacks: list[Any], **
         train_dataset=rows,
         processing_class=tokenizer(),
         callbacks=callbacks,
+        **own,
     )
 
 

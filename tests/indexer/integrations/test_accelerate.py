@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ghoststore import GhostConfig, GhostEngineManager, GradDotProdEngine
 from ghoststore.errors import UsageError
+from tests.support.accelerators import fresh_accelerator
 from tests.support.loops import (
     ROWS,
     VAL_BATCH,
@@ -38,10 +38,8 @@ STEPS = 5
 
 @pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:
-    """accelerate has one state a process, and other tests want others."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    with fresh_accelerator():
+        yield
 
 
 MIXED = ["no", "bf16"]

@@ -14,7 +14,8 @@ from transformers import GraniteConfig, GraniteForCausalLM, LlamaForCausalLM
 
 from ghoststore import GhostStoreCallback, GradDotProdEngine, ProjectionConfig
 from tests.support.loops import VAL, VAL_BATCH, close_to, identical, in_ranks, roughly, run_of, steps_of, weights_of
-from tests.support.models import VOCABULARY, gpt2, llama, pad, settle
+from tests.support.models import VOCABULARY, gpt2, llama, next_token_loss_of, pad, settle
+from tests.support.oracle import gradients_of
 from tests.support.scoring import exact_causal
 from tests.support.trainers import Watcher, hooks_of
 
@@ -120,6 +121,34 @@ def test_vectors_that_are_kept(fresh: Callable[[], Any], packing: bool, tmp_path
         close_to(scores, expected.total, 2e-5)
         found = torch.from_numpy(vectors[step, : len(places)])
         torch.testing.assert_close(found, expected.vectors, rtol=1e-4, atol=1e-4 * float(expected.vectors.abs().max()))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_an_adapter(packing: bool, tmp_path: Path) -> None:
+    """TRL makes it of `peft_config`; the base, its head among it, is frozen."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
+
+    def trained(callbacks: list[Any]) -> Any:
+        adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        trainer = trainer_of(tmp_path, llama(), texts(), callbacks, peft_config=adapter, packing=packing)
+        trainer.train()
+        return trainer
+
+    watcher, callback = Watcher(), GhostStoreCallback(store=tmp_path / "store", val_data=VAL_BATCH)
+    trainer = trained([watcher, callback])
+    assert identical(weights_of(trainer.model), weights_of(trained([]).model))
+    samples, twin = samples_of(trainer.train_dataset), trainer.model.eval().requires_grad_(True)
+
+    def gradients(examples: list[Any]) -> torch.Tensor:
+        """(samples, numbers) of the adapter. Not of a copy: its forward pass would be that of the fused model."""
+        losses = (next_token_loss_of(examples)(twin, place) for place in range(len(examples)))
+        found = (gradients_of(twin, loss) for loss in losses)
+        return torch.stack([torch.cat([x.flatten() for name, x in each.items() if "lora" in name]) for each in found])
+
+    for step, places, scores in steps_of(run_of(tmp_path / "store", "trainer")):
+        twin.load_state_dict(watcher.weights[step])
+        expected = gradients([samples[place] for place in places]) @ gradients(VAL).mean(0)
+        close_to(scores, expected, 2e-5)
 
 
 @pytest.mark.ddp
