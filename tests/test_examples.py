@@ -29,6 +29,7 @@ RUNS: list[tuple[str, str]] = [
     ("manager_loop.py --method GradProjLora", r"method GradProjLora, 12 steps.*\nsteps in the store: 12"),
     ("manager_loop.py --method Regular", r"method Regular, 12 steps, last loss \d"),
     ("plain_loop.py", r"mean value of rows that count: \+[\d.]+, of noise: "),
+    ("nanogpt_loop.py", r"mean score of blocks that count: \+[\d.]+, of noise: "),
     (
         "session.py",
         r"20 rows.*\n  \+0\.\d+ nats  the river runs to the sea .*\n[\s\S]* sums-\d\n.* rain-\d\n.*\(5, 16384\)",

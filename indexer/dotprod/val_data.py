@@ -5,6 +5,7 @@ Legend: B samples of a batch, T tokens.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -84,11 +85,33 @@ def size_of(batch: Any) -> int:
     return len(first)
 
 
+def target_losses(model: nn.Module, batch: Any) -> Tensor:
+    """(B,): mean loss of each sample of a val batch of nanoGPT's form, (tokens, targets); NaN without a target.
+
+    ``model(tokens, targets)`` returns (logits, loss). Targets stand at the place of the token before them, and are -1
+    where there is none.
+    """
+    device = next(model.parameters()).device
+    tokens, targets_BT = (tensor.to(device) for tensor in batch)
+    logits_BTV = model(tokens, targets_BT)[0]
+    losses_BT = torch.nn.functional.cross_entropy(
+        logits_BTV.float().transpose(1, 2), targets_BT, ignore_index=-1, reduction="none"
+    )
+    counts_B = (targets_BT != -1).sum(1)
+    means_B: Tensor = losses_BT.sum(1) / counts_B.clamp_min(1)
+    return means_B.masked_fill(counts_B == 0, torch.nan)
+
+
 def default_losses(model: nn.Module) -> ValLosses:
-    """:func:`language_model_losses`. UsageError if ``model`` is no language model of transformers."""
-    if not hasattr(model, "get_output_embeddings"):
-        raise UsageError(
-            f"{type(model).__name__} is not a language model of transformers: give `val_losses=f`, where f(model, "
-            "batch) is the loss of each sample of a val batch, shape (samples,)"
-        )
-    return language_model_losses
+    """:func:`language_model_losses`; :func:`target_losses` for a model whose forward takes ``targets``, as nanoGPT's.
+
+    UsageError for any other model that is no language model of transformers.
+    """
+    if hasattr(model, "get_output_embeddings"):
+        return language_model_losses
+    if "targets" in inspect.signature(model.forward).parameters:
+        return target_losses
+    raise UsageError(
+        f"{type(model).__name__} is not a language model of transformers: give `val_losses=f`, where f(model, "
+        "batch) is the loss of each sample of a val batch, shape (samples,)"
+    )
