@@ -161,7 +161,7 @@ class Tokenizer:
             source = str(sample.place).partition(", row ")[0] if sample.place else "PATH"
             raise UsageError(
                 f"{sample}: token ids, and nothing says which tokenizer made them. Say it once, and use the shards: "
-                f"ghoststore tokenize --data {source} --tokenizer TOKENIZER --out SHARDS"
+                f"`ghoststore tokenize --data {source} --tokenizer TOKENIZER --out SHARDS`"
             )
         largest = int(content.ids.max(initial=-1))
         if largest >= self.size:

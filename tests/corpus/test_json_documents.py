@@ -166,3 +166,21 @@ def test_a_document_that_changed(tmp_path: Path) -> None:
     assert list(corpus.fetch(places)) == [0]
     with pytest.raises(CorpusError, match="cut short"):
         list(corpus.samples(places[3]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_byte_that_is_another(shape: str, tmp_path: Path) -> None:
+    """An error of the corpus, or rows; never anything else. A row that is read alone is the same as in order."""
+    whole, draw = SHAPES[shape](ROWS).encode(), random.Random(shape)
+    for _ in range(150):
+        place = draw.randrange(len(whole))
+        other = draw.choice([b'"', b"[", b"}", b",", b"\\", b""])
+        (tmp_path / "a.json").write_bytes(whole[:place] + other + whole[place + 1 :])
+        corpus = Corpus.open(str(tmp_path / "a.json"), Fields(text="text"))
+        try:
+            samples = list(corpus.samples())
+        except CorpusError as error:
+            assert "a.json" in str(error)  # noqa: PT017
+            continue
+        places = [Position(source_row=s.source_row, file=s.file, offset=s.offset) for s in samples]
+        assert corpus.fetch(places) == {s.source_row: s for s in samples}
