@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.engine import GradProjLoraEngine
+from tests.indexer.dotprod.test_one_pass import WEIGHTS, held, near, plain, take_gradients
 from tests.support.models import POSITIONS, VOCABULARY, causal_vectors, next_token_loss_of, settle
 from tests.support.oracle import naive, relative_error
 from tests.support.scoring import BATCH, VAL, causal_engine, causal_step, check, exact_causal
@@ -139,3 +140,13 @@ def test_autocast_and_gradient_checkpointing() -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with causal_engine(model) as engine:
         check(causal_step(engine, model), exact_causal(made("Mixtral"), BATCH, VAL[:3]))
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_one_pass_choosing_forms_the_gradients_of_a_plain_step(family: str) -> None:
+    model = made(family)
+    expected = plain(model, WEIGHTS["chosen"])
+    with causal_engine(model) as engine:
+        for _ in range(2):
+            held(engine).add_gradients(WEIGHTS["chosen"])
+            near(take_gradients(model), expected, 1e-6)
