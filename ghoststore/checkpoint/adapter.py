@@ -38,6 +38,8 @@ NAME = "default"
 """How peft calls an adapter in a model; it is part of the paths of its modules."""
 OWN, SAVED = "lora_", "modules_to_save"
 """Beginning of the names of the modules that a LoRA adapter adds, and the name of those that it replaces."""
+IN_PEFT = "base_model.model."
+"""Beginning of the paths of a model in a PeftModel, and in an adapter's file."""
 BASE, REPLACED = "base_layer", "original_module"
 """What peft calls the module of the base where it adds to it, and where it replaces it."""
 MERGE_ADVICE = "where it was trained, model.merge_and_unload().save_pretrained(folder), and give that folder"
@@ -105,7 +107,7 @@ def of_base(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 def _in_base(name: str) -> str:
     """The name in the base of one of its tensors, from its name in a model with an adapter, or in an adapter's file."""
-    parts = name.removeprefix("base_model.model.").split(".")
+    parts = name.removeprefix(IN_PEFT).split(".")
     return ".".join(part for part in parts if part not in (BASE, REPLACED))
 
 
