@@ -98,6 +98,17 @@ def test_a_model_in_memory_has_the_identity_of_its_folders(tmp_path: Path, kind:
     assert find_checkpoint(peft).identity()["adapter"]["base"] == find_checkpoint(tmp_path / "base").fingerprint()
 
 
+@pytest.mark.parametrize("kind", ["llama dora", "llama saved", "llama embeddings", "gpt2 lora"])
+def test_every_parameter_has_the_dtype_that_was_asked_for(tmp_path: Path, kind: str) -> None:
+    make, settings = KINDS[kind]
+    peft, folder = saved(tmp_path, make, **settings)
+    models = [load_model(find_checkpoint(source), dtype="bfloat16") for source in (folder, peft)]
+    for model in models:
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(logits(models[0]), logits(models[1]))
+    assert all(p.dtype == torch.float32 for p in peft.parameters())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_number_of_an_adapter_counts(tmp_path: Path, kind: str) -> None:
     make, settings = KINDS[kind]
