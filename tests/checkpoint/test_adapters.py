@@ -65,6 +65,17 @@ def test_the_model_and_its_vectors_are_exact(tmp_path: Path, kind: str) -> None:
     assert relative_error(vectors, expected.vectors) <= 1e-5
 
 
+@pytest.mark.parametrize("kind", ["llama lora", "llama dora", "llama saved", "llama embeddings", "gpt2 saved"])
+def test_all_layers_are_exact_too(kind: str) -> None:
+    """Those of the base as well, but not the modules in whose place the adapter has its own."""
+    make, settings = KINDS[kind]
+    model, batch = adapted(make(), **settings).get_base_model(), examples()
+    with GradProjLoraEngine(model, ProjectionConfig(layers=("all",), rank_total=9)) as engine:
+        vectors = causal_vectors(engine, model, batch)
+        expected = naive(model, engine.projection, len(batch), next_token_loss_of(batch))
+    assert relative_error(vectors, expected.vectors) <= 1e-5
+
+
 @pytest.mark.parametrize("kind", ["llama lora", "llama dora", "llama saved", "gpt2 lora"])
 def test_the_merged_model_is_an_ordinary_one(tmp_path: Path, kind: str) -> None:
     make, settings = KINDS[kind]
