@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ghoststore.checkpoint.bounds import ADAPTER_CONFIG, CONFIG, check_files, read_object
+from ghoststore.checkpoint.bounds import ADAPTER_CONFIG, check_files, read_object
 from ghoststore.checkpoint.find import (
     Checkpoint,
     exists,
@@ -38,6 +38,8 @@ NAME = "default"
 """How peft calls an adapter in a model; it is part of the paths of its modules."""
 OWN, SAVED = "lora_", "modules_to_save"
 """Beginning of the names of the modules that a LoRA adapter adds, and the name of those that it replaces."""
+IN_PEFT = "base_model.model."
+"""Beginning of the paths of a model in a PeftModel, and in an adapter's file."""
 BASE, REPLACED = "base_layer", "original_module"
 """What peft calls the module of the base where it adds to it, and where it replaces it."""
 MERGE_ADVICE = "where it was trained, model.merge_and_unload().save_pretrained(folder), and give that folder"
@@ -105,7 +107,7 @@ def of_base(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 def _in_base(name: str) -> str:
     """The name in the base of one of its tensors, from its name in a model with an adapter, or in an adapter's file."""
-    parts = name.removeprefix("base_model.model.").split(".")
+    parts = name.removeprefix(IN_PEFT).split(".")
     return ".".join(part for part in parts if part not in (BASE, REPLACED))
 
 
@@ -310,9 +312,7 @@ def _base(folder: Path, config: Mapping[str, Any], given: str | Path | None, *, 
             f"base {place} of adapter {folder} is an adapter itself: merge that one into its base, {MERGE_ADVICE} as "
             "`base`"
         )
-    found = whole_model(place)
-    _refuse_quantised(found)
-    return found
+    return whole_model(place)
 
 
 def refuse_unsupported(what: str, config: Mapping[str, Any], *, merged: bool) -> None:
@@ -352,19 +352,6 @@ def _refuse_ranks(found: AdapterCheckpoint) -> None:
                 f"{found.folder / ADAPTER_CONFIG}: a rank is {rank!r:.40}, and the longest axis of the adapter's "
                 f"tensors is {longest:,}: it is not their configuration"
             )
-
-
-def _refuse_quantised(base: Checkpoint) -> None:
-    """CheckpointError for a base whose numbers bitsandbytes would hold in 8 or 4 bits."""
-    settings = read_object(base.folder / CONFIG).get("quantization_config")
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    eight, four = (isinstance(settings, dict) and settings.get(f"load_in_{bits}bit") for bits in (8, 4))
-    if method in ("bitsandbytes", "bitsandbytes_8bit", "bitsandbytes_4bit") or eight or four:
-        raise CheckpointError(
-            f"base {base.folder} is quantised by bitsandbytes ({4 if four else 8} bits), with which gradients have not "
-            "been compared with autograd: give `base`, a copy in 16 or 32 bits (the model that it was quantised from, "
-            "or, where it runs, model.dequantize().save_pretrained(folder))"
-        )
 
 
 @contextmanager

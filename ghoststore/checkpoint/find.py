@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ghoststore.checkpoint.bounds import ADAPTER_CONFIG, CONFIG, check_config, check_files, read_object
+from ghoststore.checkpoint.quantised import refuse_unreadable
 from ghoststore.errors import CheckpointError
 from ghoststore.store.base.opening import open_regular, parse_json
 
@@ -127,6 +128,7 @@ def whole_model(folder: Path) -> Checkpoint:
     check_files(folder)
     checkpoint = Checkpoint(folder=folder, weights=tuple(weights))
     check_config(folder / CONFIG, checkpoint.shapes())
+    refuse_unreadable(folder)
     return checkpoint
 
 

@@ -15,6 +15,7 @@ from ghoststore.checkpoint.adapter import AdapterCheckpoint, find_adapter, witho
 from ghoststore.checkpoint.bounds import CONFIG, bounded_making, check_config, check_files
 from ghoststore.checkpoint.find import TOKENIZER_PATTERNS, Checkpoint, exists, from_hub, locate, whole_model
 from ghoststore.checkpoint.in_memory import LoadedCheckpoint, LoadedTokenizer
+from ghoststore.checkpoint.quantised import bits_of, widened
 from ghoststore.errors import CheckpointError, UsageError
 from ghoststore.lazy import importing
 from ghoststore.settings.shared import AdapterUse, TokenizerSource
@@ -207,6 +208,8 @@ def _read_model(checkpoint: Checkpoint, dtype: str, attn_implementation: str | N
                 ignore_mismatched_sizes=True,  # reported below, by name
                 output_loading_info=True,
             )
+            if bits_of(checkpoint.folder) is not None:
+                model = widened(model, getattr(torch, dtype))
     except CheckpointError:
         raise
     except Exception as error:

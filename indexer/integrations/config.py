@@ -53,7 +53,7 @@ class GhostConfig:
     """Keep the score of every layer in the store; under GradProjLora for plain blocks only, not for a sketch."""
     exclude_layers: tuple[str, ...] | str = ()
     """Patterns of modules to leave out; commas between them in a string."""
-    proj_layers: tuple[str, ...] | str = ("mlp", "attn")
+    proj_layers: tuple[str, ...] | str = ("auto",)
     """This and the next are of GradProjLora and of ``keep_gradients``, see :class:`ProjectionConfig`."""
     proj_rank_total: int | Literal["full"] | None = None
     proj_rank_min: int = 1

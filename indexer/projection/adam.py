@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ghoststore.checkpoint.adapter import IN_PEFT, has_adapter, is_adapter_path
 from ghoststore.errors import CheckpointError
 from ghoststore.store.base.opening import parse_json, read_bounded
 from indexer.projection.blocks import Block
@@ -136,6 +137,8 @@ def _second_moments(source: Path, model: nn.Module) -> tuple[Path, dict[str, Ten
             "Trainer); give the folder of a training checkpoint"
         )
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if has_adapter(model):  # of which nothing else was trained
+        parameters = {name: shape for name, shape in parameters.items() if is_adapter_path(name.split("."))}
     try:
         moments = _by_name(path, parameters) if path.suffix == ".safetensors" else _by_number(path, parameters)
     except DAMAGE as error:
@@ -170,7 +173,7 @@ def _by_number(path: Path, parameters: Mapping[str, tuple[int, ...]]) -> dict[st
     if not shapes:
         raise CheckpointError(f"`optimizer_state={path}` holds no {QUANTITY}: it is not the state of Adam or AdamW")
     if all("param_names" in group for group in groups):
-        likely_groups = [[[str(name) for name in group["param_names"]] for group in groups]]
+        likely_groups = [[[str(name).removeprefix(IN_PEFT) for name in group["param_names"]] for group in groups]]
     else:
         likely_groups = _likely_groups(parameters)
     sizes = [len(group["params"]) for group in groups if group["params"]]

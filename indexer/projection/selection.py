@@ -8,13 +8,13 @@ block 10; ``h.*.attn`` matches each attention. Aliases: ``mlp``, ``attn``, ``nor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from ghoststore.checkpoint.adapter import has_adapter, is_adapter_path
+from ghoststore.checkpoint.adapter import REPLACED, has_adapter, is_adapter_path
 from ghoststore.errors import LayerError
 from indexer.layers import LayerType, layer_type_by_name, layer_type_of
 from indexer.layers.callers import is_part_of_another, replayed_parameters
@@ -96,10 +96,15 @@ def matches(pattern: str, path: str, kind: LayerType) -> bool:
     return alias(path.split("."), kind) if alias else matches_path(pattern, path)
 
 
+def present_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of ``model`` by name, without those that peft keeps beside an adapter's own in their place."""
+    return ((name, module) for name, module in model.named_modules() if REPLACED not in name.split("."))
+
+
 def formula_layers(model: nn.Module) -> dict[str, LayerType]:
     """The layer type of each module whose gradients a formula gives, by name."""
     layers = {}
-    for name, module in model.named_modules():
+    for name, module in present_modules(model):
         kind = None if is_part_of_another(model, name) else layer_type_of(module)
         if kind is not None:
             layers[name] = kind
@@ -120,11 +125,12 @@ class _Layers:
     def of(cls, model: nn.Module) -> _Layers:
         formulas = formula_layers(model)
         again = replayed_parameters(model, formulas)
-        replayed = {f"{name}.{key}": (name, key) for name, keys in again.items() for key in keys}
+        present = dict(present_modules(model))
+        replayed = {f"{name}.{key}": (name, key) for name, keys in again.items() if name in present for key in keys}
         handled = {id(model.get_parameter(path)) for path in replayed}
         handled |= {id(p) for name in formulas for p in model.get_submodule(name)._parameters.values()}
         unsupported = {}
-        for name, module in model.named_modules():
+        for name, module in present.items():
             own = [key for key, value in module._parameters.items() if value is not None and id(value) not in handled]
             if own and name not in formulas:
                 unsupported[name] = own
@@ -253,7 +259,7 @@ def select_blocks(
         users.setdefault(id(model.get_submodule(name)._parameters["weight"]), []).append(name)
 
     unhandled: dict[int, str] = {}
-    for name, module in model.named_modules():
+    for name, module in present_modules(model):
         if name not in layers.formulas:
             unhandled.update({id(p): name for p in module._parameters.values() if p is not None})
     blocks, covered = [], 0

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ghoststore.checkpoint.adapter import IN_PEFT, has_adapter
 from ghoststore.checkpoint.config_identity import config_differences
 from ghoststore.checkpoint.load import find_checkpoint, find_tokenizer, load_model, load_tokenizer, resolve_device
 from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
@@ -19,12 +21,32 @@ from ghoststore.settings.shared import Checkpoint as CheckpointSource
 from ghoststore.store import Run
 from ghoststore.store.base.manifest import difference_lines, differences
 from ghoststore.store.base.records import reading
-from indexer.encode.encoder import RowEncoder, encode_rows
+from indexer.encode.encoder import RowEncoder, encode_rows, forward_options
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, embedding_rows, longest_row, rows_of
 from indexer.projection.stored import projection_of_run
 from query.ask.encoder import PartEncoder
 
 BATCH_TOKENS = 4096
+
+
+class _InPeft(nn.Module):
+    """A model with an adapter, whose layers have the paths of the PeftModel in which it was trained."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.base_model = nn.Module()
+        self.base_model.model = model
+
+    def forward(self, **given: Any) -> Any:
+        model: Any = self.base_model.model
+        return model(**forward_options(model), **given)
+
+
+def _was_in_peft(run: Run) -> bool:
+    """Whether the layers whose gradients ``run`` keeps are those of a PeftModel."""
+    described = run.manifest["scoring"].get("gradients")
+    with reading(run.path / "zarr.json", "does not describe a projection"):
+        return described is None or all(layer["name"].startswith(IN_PEFT) for layer in described["layers"])
 
 
 class RunEncoder(PartEncoder):
@@ -82,8 +104,9 @@ class RunEncoder(PartEncoder):
             max_length=max_length or longest_row(self.model, None),
             template_date=self._tokenizer.template_date,
         )
-        projection = projection_of_run(run, self.model)
-        self.plan, self._encoder = projection.plan, RowEncoder(self.model, projection)
+        model = _InPeft(self.model) if has_adapter(self.model) and _was_in_peft(run) else self.model
+        projection = projection_of_run(run, model)
+        self.plan, self._encoder = projection.plan, RowEncoder(model, projection)
 
     def rows(self, samples: Iterable[Sample]) -> Iterator[Row]:
         """The rows of ``samples``, in order; see :meth:`PartEncoder.rows`."""

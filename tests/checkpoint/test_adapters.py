@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ghoststore.checkpoint.adapter import has_adapter, is_adapter_path
 from ghoststore.checkpoint.load import find_checkpoint, load_model
@@ -63,6 +65,17 @@ def test_the_model_and_its_vectors_are_exact(tmp_path: Path, kind: str) -> None:
     assert relative_error(vectors, expected.vectors) <= 1e-5
 
 
+@pytest.mark.parametrize("kind", ["llama lora", "llama dora", "llama saved", "llama embeddings", "gpt2 saved"])
+def test_all_layers_are_exact_too(kind: str) -> None:
+    """Those of the base as well, but not the modules in whose place the adapter has its own."""
+    make, settings = KINDS[kind]
+    model, batch = adapted(make(), **settings).get_base_model(), examples()
+    with GradProjLoraEngine(model, ProjectionConfig(layers=("all",), rank_total=9)) as engine:
+        vectors = causal_vectors(engine, model, batch)
+        expected = naive(model, engine.projection, len(batch), next_token_loss_of(batch))
+    assert relative_error(vectors, expected.vectors) <= 1e-5
+
+
 @pytest.mark.parametrize("kind", ["llama lora", "llama dora", "llama saved", "gpt2 lora"])
 def test_the_merged_model_is_an_ordinary_one(tmp_path: Path, kind: str) -> None:
     make, settings = KINDS[kind]
@@ -94,6 +107,17 @@ def test_a_model_in_memory_has_the_identity_of_its_folders(tmp_path: Path, kind:
     peft, folder = saved(tmp_path, make, **settings)
     assert find_checkpoint(peft).identity() == find_checkpoint(folder).identity()
     assert find_checkpoint(peft).identity()["adapter"]["base"] == find_checkpoint(tmp_path / "base").fingerprint()
+
+
+@pytest.mark.parametrize("kind", ["llama dora", "llama saved", "llama embeddings", "gpt2 lora"])
+def test_every_parameter_has_the_dtype_that_was_asked_for(tmp_path: Path, kind: str) -> None:
+    make, settings = KINDS[kind]
+    peft, folder = saved(tmp_path, make, **settings)
+    models = [load_model(find_checkpoint(source), dtype="bfloat16") for source in (folder, peft)]
+    for model in models:
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(logits(models[0]), logits(models[1]))
+    assert all(p.dtype == torch.float32 for p in peft.parameters())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -226,14 +250,59 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
         find_checkpoint(folder)
 
 
-def test_a_quantised_base_is_refused_before_work(tmp_path: Path) -> None:
-    # As transformers writes it. Nothing of bitsandbytes was run.
+def quantise(folder: Path, out: Path, **settings: Any) -> Any:
+    """The model in ``folder``, quantised and saved to ``out``; as bitsandbytes runs it."""
+    config = BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, **settings)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.float32, device_map="cpu"
+    )
+    model.save_pretrained(out)
+    return model
+
+
+def test_a_quantised_base_without_its_library_is_refused_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, folder = saved(tmp_path, llama, **OF_LLAMA["lora"])
     config = tmp_path / "base" / "config.json"
     quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": quantised}))
-    with pytest.raises(CheckpointError, match=r"quantised by bitsandbytes \(4 bits\).*give `base`, a copy in 16 or 32"):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
+    with pytest.raises(CheckpointError, match=r"is quantised to 4 bits by bitsandbytes, which reads it: pip install"):
         find_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, 1e-5),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, 1e-5),
+        ({"load_in_8bit": True}, 0.05),  # which rounds activations
+    ],
+)
+def test_an_adapter_of_a_quantised_base_is_exact(tmp_path: Path, settings: dict[str, Any], most: float) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "wide")
+    quantised = quantise(tmp_path / "wide", tmp_path / "base", **settings)
+    # In eval mode bitsandbytes goes over to a kernel in bfloat16 on some processors, which has no gradient.
+    peft = adapted(quantised, **OF_LLAMA["lora"]).train()
+    peft.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    peft.save_pretrained(tmp_path / "adapter")
+    model = load_model(find_checkpoint(tmp_path / "adapter"))
+    assert relative_error(logits(model), logits(peft)) <= most
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    batch = examples()
+    with GradProjLoraEngine(model, ProjectionConfig(rank_total=9)) as engine:
+        vectors = causal_vectors(engine, model, batch)
+        expected = naive(model, engine.projection, len(batch), next_token_loss_of(batch))
+    assert relative_error(vectors, expected.vectors) <= 1e-5
+    if "load_in_4bit" in settings:  # autograd through bitsandbytes itself
+        trained = {name: p for name, p in peft.named_parameters() if p.requires_grad}
+        own = torch.autograd.grad(next_token_loss_of(batch)(peft, 2), list(trained.values()))
+        for name, gradient in zip(trained, own, strict=True):
+            same = expected.gradients[2][name.removeprefix("base_model.model.")]
+            assert relative_error(gradient.unsqueeze(0), same.unsqueeze(0)) <= 1e-4, name
 
 
 def test_models_in_memory_that_a_folder_would_hold_otherwise_are_refused() -> None:

@@ -66,8 +66,8 @@ def llama(*, layers: int = 2, **settings: Any) -> Any:
     """RMSNorm, grouped queries, gated feed-forward, no biases, an untied head."""
     config = LlamaConfig(
         vocab_size=settings.pop("vocab_size", VOCABULARY),
-        hidden_size=24,
-        intermediate_size=40,
+        hidden_size=settings.pop("hidden_size", 24),
+        intermediate_size=settings.pop("intermediate_size", 40),
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
