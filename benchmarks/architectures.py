@@ -113,10 +113,10 @@ def advice_in(message: str, model: nn.Module) -> list[str]:
         if quoted:
             patterns = [pattern for group in quoted for pattern in re.findall(r"'([^']+)'", group)]
             return [piece for pattern in patterns for piece in pattern.split(",")]
-    if "exclude_layers" not in message:
-        return []
     names = {name for name, _ in model.named_modules() if name}
-    return [word for word in re.findall(r"[\w.]*\w", message) if word in names]
+    _, told, behind = message.partition("exclude_layers")
+    named = [word for word in re.findall(r"[\w.]*\w", behind) if word in names]
+    return named or [word for word in re.findall(r"\w+(?:\.\w+)+", message) if told and word in names]
 
 
 def place_of(problem: BaseException) -> str:

@@ -95,12 +95,8 @@ GIVEN = {
     "Bart, mBart, Marian": ("BartForCausalLM", "MBartForCausalLM", "MarianForCausalLM", "PegasusForCausalLM"),
     "pictures": ("Gemma3ForConditionalGeneration", "GotOcr2ForConditionalGeneration"),
     "sound": ("Qwen2AudioForConditionalGeneration", "MusicFlamingoForConditionalGeneration"),
-    "T5, mT5, UMT5": ("T5ForConditionalGeneration", "MT5ForConditionalGeneration", "UMT5ForConditionalGeneration"),
-    "Mamba, Mamba 2": ("MambaForCausalLM", "Mamba2ForCausalLM", "FalconMambaForCausalLM"),
-    "GraniteMoe": ("GraniteMoeForCausalLM",),
     "XLM, Flaubert": ("XLMWithLMHeadModel", "FlaubertWithLMHeadModel"),
-    "CTRL": ("CTRLLMHeadModel",),
-    "xLSTM": ("xLSTMForCausalLM",),
+    "LUKE": ("LukeForMaskedLM",),
 }
 """Classes of each row of the page, by words in it."""
 
