@@ -29,14 +29,14 @@ sys.path.insert(0, str(HERE.parent))
 from common import Results, Table, machine_facts  # noqa: E402
 from frontier import Case  # noqa: E402
 from lds import MAX_LENGTH, demo_files, shown  # noqa: E402
+from rerank import paired  # noqa: E402
 from training_scores import own_groups  # noqa: E402
 
 from ghoststore import Corpus  # noqa: E402
 from ghoststore.checkpoint.load import find_checkpoint, load_tokenizer  # noqa: E402
 from indexer.encode.tokens import Tokenizer, TokenSettings, rows_of  # noqa: E402
-from query.common.rank_correlation import spearman  # noqa: E402
 from query.demo.corpus import read_corpus  # noqa: E402
-from query.evaluate.lds import LEVEL, RESAMPLES, Lds, lds  # noqa: E402
+from query.evaluate.lds import Lds, lds  # noqa: E402
 
 QUESTIONS = {"val_facts": "its words", "val_facts_paraphrased": "other words", "val_facts_inflected": "no shared word"}
 SCRIPTS = {"ghoststore": "of_ghoststore", "bergson": "of_bergson", "dattri-llm": "of_dattri_llm", "dattri": "of_dattri"}
@@ -61,6 +61,7 @@ WAYS = (
     Way(of="ghoststore", name="default", label="default", build="part"),
     Way(of="ghoststore", name="lexical", label="default with `--lexical 0.1`", build="part"),
     Way(of="ghoststore", name="exact", label="exact gradients in the default's metric", build="part"),
+    Way(of="ghoststore", name="cg", label="`--rerank-with cg` of all rows", build="part", few=True),
     Way(of="ghoststore", name="tf-idf", label="TF-IDF"),
     Way(of="bergson", name="index-16-cosine", label="index, 16 × 16 a layer, cosine", build="index"),
     Way(of="bergson", name="index-16-dot", label="index, 16 × 16 a layer, dot", build="index"),
@@ -194,17 +195,7 @@ class Judged:
 
     def difference(self, one_VN: NDArray[np.float64], other_VN: NDArray[np.float64], places: list[int]) -> Lds:
         """LDS of one less that of the other, with an interval by resampling the trainings for both at once."""
-        actual = -self.losses_VM[places]
-        pair = [scores @ self.kept_MN.T.astype(np.float64) for scores in (one_VN, other_VN)]
-
-        def of(chosen: Any) -> float:
-            one, other = (float(spearman(x[:, chosen], actual[:, chosen]).mean()) for x in pair)
-            return one - other
-
-        rng, halves = np.random.default_rng(0), len(self.kept_MN)
-        resampled = [of(rng.integers(0, halves, halves)) for _ in range(RESAMPLES)]
-        low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return Lds(value=of(slice(None)), low=float(low), high=float(high), targets=len(places))
+        return paired(one_VN, other_VN, self.kept_MN, self.losses_VM[places])
 
 
 def write_rows(data: Path, tokenizer: Tokenizer, path: Path) -> int:

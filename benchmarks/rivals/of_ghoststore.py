@@ -1,4 +1,4 @@
-"""ghoststore: its default, exact gradients in the default's metric, and the lexical baseline."""
+"""ghoststore: its default, exact gradients in the default's metric, its second stage, and the lexical baseline."""
 
 from __future__ import annotations
 
@@ -71,7 +71,27 @@ def query_exact(job: Job) -> None:
         encoder=encoder, vals=vals, val_fingerprint=job.val_set.name, samples=job.count(job.rows),
         folder=job.work / "exact", progress=Silent(),
     )  # fmt: skip
+    job.keep(None)
     job.answer(exact.of("exact-layers-dot"))
+
+
+def query_second_stage(job: Job) -> None:
+    """Conjugate gradients by their defaults, every row a candidate."""
+    from ghoststore import Store
+    from ghoststore.corpus import Fields, open_corpus
+    from ghoststore.progress import Silent
+    from query.ask.question import Question
+    from query.ask.scorer import open_scorer
+    from query.ask.second_stage import Reranking, exact_scores
+
+    part = Store.open(job.work / "store").part(DEFAULT)
+    rows = part.row_numbers[part.usable()]
+    assert len(rows) == part.layout.rows
+    asked = Question(store=job.work / "store", val_set=job.val_set, each=True, metric="dot", device="cpu")
+    with open_corpus(str(job.val_set), Fields()) as val_set:
+        scorer = open_scorer(asked, [part], [1.0], val_set, Silent(), keep_model=True)
+        job.keep(None)
+        job.answer(exact_scores(scorer, Reranking(rerank=len(rows), rerank_with="cg"), rows, Silent()))
 
 
 def texts(job: Job, path: Path) -> list[str]:
@@ -98,6 +118,7 @@ WAYS = {
     "default": Phases(start, partial(build, options={}), partial(query, options={})),
     "lexical": Phases(start, partial(build, options={}), partial(query, options={"lexical": 0.1})),
     "exact": Phases(start, partial(build, options={}), query_exact),
+    "cg": Phases(start, partial(build, options={}), query_second_stage),
     "tf-idf": Phases(no_start, build_words, query_words),
 }
 
