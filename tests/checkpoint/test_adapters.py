@@ -286,6 +286,14 @@ def test_a_quantised_base_without_its_library_is_refused_before_work(
         find_checkpoint(folder)
 
 
+def test_an_adapter_without_its_library_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, folder = saved(tmp_path, llama, **OF_LLAMA["lora"])
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
+    with pytest.raises(UsageError, match=r"is an adapter, which is read with peft: pip install 'ghoststore\[peft\]'"):
+        find_checkpoint(folder)
+
+
 @pytest.mark.parametrize(
     ("settings", "most"),
     [
