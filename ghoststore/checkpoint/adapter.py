@@ -83,6 +83,9 @@ UNDERSTOOD = frozenset(
     }
 )
 """Fields under which the gradients of the adapter's parameters are known to be exact."""
+MERGEABLE = UNDERSTOOD | {"bias", "target_parameters", "trainable_token_indices"}
+"""Fields under which an adapter can be merged. Others change the model's layers, or name modules to import."""
+TASKS = (None, "CAUSAL_LM")
 BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that leave the base as it is. The others subtract something from its weights."""
 
@@ -326,7 +329,17 @@ def refuse_unsupported(what: str, config: Mapping[str, Any], *, merged: bool) ->
             f"{what} was begun with init_lora_weights={beginning!r:.40}, which changes the weights of the base: "
             f"{MERGE_ADVICE}"
         )
+    task = getattr(config.get("task_type"), "value", config.get("task_type"))
+    if task not in TASKS:
+        raise CheckpointError(
+            f"{what} is for the task {task!r:.40}; expected one for causal language models, CAUSAL_LM"
+        )
     odd = [name for name in configured(config) if name not in UNDERSTOOD]
+    strange = [name for name in odd if name not in MERGEABLE]
+    if strange:
+        raise CheckpointError(
+            f"{what} has {strange[0]}={config[strange[0]]!r:.80}, which is not understood here: {MERGE_ADVICE}"
+        )
     if odd and not merged:
         name = odd[0]
         why = (

@@ -91,12 +91,18 @@ def locate(source: str | Path) -> Path:
     return folder
 
 
-def find_folder(source: str | Path) -> Checkpoint:
+def find_folder(source: str | Path, *, beside_adapter: bool = False) -> Checkpoint:
     """The whole model in a folder, or of a hub id (downloaded by huggingface_hub unless it is cached).
 
-    CheckpointError as :func:`ghoststore.checkpoint.load.find_checkpoint`, and for an adapter.
+    CheckpointError as :func:`ghoststore.checkpoint.load.find_checkpoint`, and for an adapter; also for one beside the
+    model, unless ``beside_adapter``: then it is left out.
     """
     folder = locate(source)
+    if (folder / ADAPTER_CONFIG).exists() and holds_model(folder) and not beside_adapter:
+        raise CheckpointError(
+            f"checkpoint {folder} holds a model and an adapter, and a whole model is expected here: give a folder with "
+            "the one that you mean (the model alone, or that of model.merge_and_unload().save_pretrained(folder))"
+        )
     if (folder / ADAPTER_CONFIG).exists() and not holds_model(folder):
         raise CheckpointError(
             f"checkpoint {folder} is an adapter, and a whole model is expected here: merge it into its base, "

@@ -247,7 +247,7 @@ def _removals(trainings: _Trainings, scored: Mapping[str, Scored], drop: float, 
 def _tail_patches(task: Task, scored: Mapping[str, Scored], top_k: int, repeats: int) -> list[TailPatch]:
     """The tail patch of each method, from the checkpoint of the part."""
     retrainer = task.retrainer
-    model = load_model(find_folder(retrainer.job.model_folder), device=retrainer.job.device)
+    model = load_model(find_folder(retrainer.job.model_folder, beside_adapter=True), device=retrainer.job.device)
     patch = Patch(model, retrainer.rows, retrainer.val)
     seed = retrainer.job.recipe.seed
     patches = {}

@@ -123,7 +123,7 @@ class Task:
         scanned = part.manifest["corpus"]
         path = source_path(part.manifest, "checkpoint", f"part {part.name!r}", "checkpoint", behind.checkpoint)
         assert path is not None
-        checkpoint = find_folder(path)
+        checkpoint = find_folder(path, beside_adapter=True)
         model, tokenizer = checkpoint.folder, tokenizer_folder(part, behind.tokenizer, checkpoint)
         shards = Path(corpus.source)
         if not is_shards(corpus.origin):

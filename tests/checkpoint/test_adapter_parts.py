@@ -89,11 +89,11 @@ def test_the_command_builds_the_same_part(lab: Lab, made: Path, tmp_path: Path) 
         command = build_command(part_of(made, name).manifest, tmp_path / "store", name)
         assert f"--base {made / 'base'} --adapter {'merge' if name == 'merged' else 'only'}" in command
         assert "--proj-layers" not in command
-        outcome = lab.run(*command.split()[1:], "--quiet", "--device", "cpu")
-        assert outcome.code == 0, outcome.err
-        again = Store.open(tmp_path / "store").part(name)
-        assert np.array_equal(vectors_of(again), vectors_of(part_of(made, name)))
-        assert again.manifest["checkpoint"] == part_of(made, name).manifest["checkpoint"]
+    outcome = lab.run(*command.split()[1:], "--quiet", "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    again = Store.open(tmp_path / "store").part("merged")
+    assert np.array_equal(vectors_of(again), vectors_of(part_of(made, "merged")))
+    assert again.manifest["checkpoint"] == part_of(made, "merged").manifest["checkpoint"]
 
 
 def test_a_build_goes_on_with_the_same_adapter_alone(made: Path, tmp_path: Path) -> None:
@@ -154,6 +154,9 @@ def test_a_model_in_memory_is_that_of_the_folders(made: Path, tmp_path: Path) ->
     assert own.manifest["layers"] == part_of(made).manifest["layers"]
     assert np.array_equal(vectors_of(own), vectors_of(part_of(made)))
     assert hits(query(made, checkpoint=peft, tokenizer=tokenizer)) == hits(query(made))
+    with ghoststore.open(made / "store", part="part", checkpoint=peft, tokenizer=tokenizer, device="cpu") as session:
+        assert hits(session.query(made / "val.jsonl")) == hits(query(made))
+    assert ghoststore.doctor(checkpoint=peft, tokenizer=tokenizer, samples=3, max_length=12).wrong == []
     assert all(
         (p == before[name][0]).all() and p.requires_grad == before[name][1] for name, p in peft.named_parameters()
     )

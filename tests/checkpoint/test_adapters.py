@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ghoststore.checkpoint.adapter import has_adapter, is_adapter_path
+from ghoststore.checkpoint.find import find_folder
 from ghoststore.checkpoint.load import find_checkpoint, load_model
 from ghoststore.errors import CheckpointError, UsageError
 from ghoststore.settings.projection import ProjectionConfig
@@ -196,11 +197,20 @@ def test_a_folder_with_a_model_and_an_adapter_asks_which(tmp_path: Path) -> None
     assert torch.equal(logits(alone), logits(load_model(find_checkpoint(tmp_path / "base"))))
     assert find_checkpoint(folder, adapter="ignore").fingerprint() == find_checkpoint(tmp_path / "base").fingerprint()
     assert torch.equal(logits(load_model(find_checkpoint(folder, adapter="only"))), logits(peft))
+    with pytest.raises(CheckpointError, match=r"holds a model and an adapter, and a whole model is expected here"):
+        find_folder(folder)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "biases": ({"bias": "lora_only"}, r"bias='lora_only': it trains biases of the base, .*Give `adapter=merge`"),
     "tokens": ({"trainable_token_indices": [1, 2]}, r"has trainable_token_indices=.*Give `adapter=merge`"),
+    "megatron": (
+        {"megatron_config": {"a": 1}, "megatron_core": "antigravity"},
+        r"has megatron_config=.*not understood here: where it was trained",
+    ),
+    "replication": ({"layer_replication": [[0, 2], [1, 2]]}, r"has layer_replication=.*not understood here"),
+    "of another release": ({"new_kind": True}, r"has new_kind=True, which is not understood here"),
+    "task": ({"task_type": "SEQ_CLS"}, r"is for the task 'SEQ_CLS'; expected one for causal language models"),
     "pissa": ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa', which changes the weights of the base"),
     "type": ({"peft_type": "IA3"}, r"is of the type 'IA3', and LoRA is read; where it was trained, model\.merge"),
     "rank": ({"r": 1 << 40}, r"a rank is 1099511627776, and the longest axis"),
@@ -219,6 +229,9 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, case: str) -> 
     config.write_text(json.dumps(json.loads(config.read_text()) | settings))
     with pytest.raises((CheckpointError, UsageError), match=message):
         load_model(find_checkpoint(folder))
+    if "adapter=merge" not in message:
+        with pytest.raises((CheckpointError, UsageError), match=message):
+            load_model(find_checkpoint(folder, adapter="merge"))
 
 
 def test_what_was_trained_with_biases_is_merged(tmp_path: Path) -> None:
@@ -270,6 +283,14 @@ def test_a_quantised_base_without_its_library_is_refused_before_work(
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
     with pytest.raises(CheckpointError, match=r"is quantised to 4 bits by bitsandbytes, which reads it: pip install"):
+        find_checkpoint(folder)
+
+
+def test_an_adapter_without_its_library_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, folder = saved(tmp_path, llama, **OF_LLAMA["lora"])
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
+    with pytest.raises(UsageError, match=r"is an adapter, which is read with peft: pip install 'ghoststore\[peft\]'"):
         find_checkpoint(folder)
 
 
