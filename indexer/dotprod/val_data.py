@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ghoststore.errors import UsageError
+from indexer.encode.encoder import forward_options
 from indexer.encode.losses import next_token_losses, next_token_losses_plainly
 
 ValLosses = Callable[[nn.Module, Any], Tensor]
@@ -38,7 +39,7 @@ def language_model_losses(model: nn.Module, batch: Any) -> Tensor:
         batch = dict(zip(("input_ids", "labels", "attention_mask"), batch, strict=False))
     batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
     labels = batch.pop("labels")
-    logits = model(**batch).logits
+    logits = model(**batch, **forward_options(model)).logits  # RWKV's cache is written in place
     # The fast form computes its gradient before the loss scale is applied, and float16 needs the scale.
     form = next_token_losses_plainly if computes_in_float16(model) else next_token_losses
     losses_B, targets_B = form(logits, labels)

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 TAKEN = re.compile(
     r"self\.(\w+)\.(?:weight|bias)\b(?!\.(?:dtype|device|shape|size|data|ndim|is_|requires_grad)|\s*=[^=])"
 )
-BY_PARENT = frozenset({"relative_attention_bias", "Llama4TextExperts"})
+BY_PARENT = frozenset({"relative_attention_bias", "dt_proj", "Llama4TextExperts"})
 """Names and classes of modules that are not called with the rows of samples."""
 WHOLE = (nn.MultiheadAttention,)
 """Modules that use the weights of the modules in them without calling these. So do peft's of DoRA (a ``lora_variant``),
