@@ -214,7 +214,7 @@ class GradProjLoraEngine:
         if missing:
             raise unsupported(
                 f"the forward pass did not run {len(missing)} projected layer(s): this input does not use them, or "
-                f"their weights are used without calling them. Leave them out with `exclude_layers` '{','.join(missing)}'"
+                f"their weights are used without calling them. Leave them out: `exclude_layers` '{','.join(missing)}'"
                 f"{_OLD_GRAPH if compiled else ''}",
                 missing,
             )
