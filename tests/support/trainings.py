@@ -188,7 +188,11 @@ class Gym:
             "--device",
             "cpu",
         ]
-        return [str(word) for word in (*given, "--quiet", *options)]
+        words = [str(word) for word in (*given, "--quiet")]
+        if "--data" in options:  # which may be repeated, and would be read as well
+            place = words.index("--data")
+            del words[place : place + 2]
+        return [*words, *map(str, options)]
 
     def run(self, folder: Path, *options: str | Path, corpus: str = "plain", **order: Any) -> Outcome:
         """That command line in a process of its own, which may be killed."""

@@ -100,7 +100,7 @@ def test_vectors_of_all_layers(family: str) -> None:
         vectors = causal_vectors(engine, model, BATCH)
         projection = engine.projection
     assert projection.plan.coverage == 1.0
-    assert ", ".join(projection.plan.replayed) == FAMILIES[family][2]
+    assert sorted(projection.plan.replayed) == sorted(filter(None, FAMILIES[family][2].split(", ")))
     expected = naive(model, projection, len(BATCH), next_token_loss_of(BATCH))
     assert relative_error(vectors, expected.vectors, expected.whole_norm()) < 1e-5
 
