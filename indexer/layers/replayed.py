@@ -184,7 +184,7 @@ class Call:
             return []
         if len(first) != self.batch**2 and not any(self.batch in x.shape[1:] for x in tensors):
             return []
-        return [x for x in tensors if len(x) == self.batch and x is not first and not _counts_up(x)]
+        return [x for x in tensors if len(x) == self.batch and not _counts_up(x)]
 
     def _gradient_with(self, place: int, keys: Sequence[str], dy_N: Tensor, whole: Tensor | None) -> dict[str, Tensor]:
         """The gradients of the sample at ``place``, with all of the argument ``whole``."""

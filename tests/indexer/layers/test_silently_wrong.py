@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ghoststore.errors import CaptureError
 from ghoststore.settings.projection import ProjectionConfig
@@ -217,6 +218,27 @@ def test_a_table_of_positions_in_a_batch_of_as_many_samples(gate: float, mask: f
         vectors.prepare(4)
         with pytest.raises(CaptureError, match="a Gated, which no formula knows"):
             vectors.collect(sum_of_squares(model, drawn(4, 4, 3)))
+
+
+class TableFirst(Gated):
+    def forward(self, table: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x, table)
+
+
+def test_a_table_of_positions_as_first_argument() -> None:
+    model = Around(TableFirst(0.0), lambda layer, x: layer(TABLE[: x.shape[1]], x)[0]).eval()
+    with GradProjLoraEngine(model, ProjectionConfig(layers=("all",)), check=False) as engine:
+        engine.prepare(4)
+        with pytest.raises(CaptureError, match="whose axis is the first, its output does not tell"):
+            engine.collect(sum_of_squares(model, drawn(4, 4, 3)))
+
+
+@pytest.mark.parametrize("layer", [Scale, lambda: nn.Linear(D, D)], ids=["runs again", "formula"])
+def test_gradient_checkpointing_that_a_model_has_in_eval_mode_too(layer: Callable[[], nn.Module]) -> None:
+    """The check of the axes took its taps away before the backward pass, in which the layer runs again."""
+    model = Around(layer(), lambda layer, x: checkpoint(layer, x, use_reentrant=False)).eval()  # type: ignore[arg-type]
+    with GradDotProdEngine(model, VAL, val_losses=sum_of_squares) as engine:
+        check(plain_step(engine, model, X), exact_plain(model, X, VAL))
 
 
 class Unpadded(nn.Module):
