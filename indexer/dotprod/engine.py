@@ -40,6 +40,7 @@ from indexer.dotprod.val_age import ValAge
 from indexer.dotprod.val_data import ValLosses, default_losses, language_model_losses
 from indexer.dotprod.val_gradient import ValGradient
 from indexer.dotprod.val_side import ValSide
+from indexer.encode.flat_rows import FlatRows
 from indexer.encode.modes import settle_hooks, uncompiled, without_autocast
 from indexer.encode.tap import tapped
 from indexer.layers import LayerType
@@ -126,6 +127,7 @@ class GradDotProdEngine(ValSide):
         self._flags = [p.requires_grad for p in self.model.parameters()]
         self._batch_norms = batch_norms_of(self.model)
         self._check = check
+        self._flat_rows = FlatRows()
         self._holder: FactorHolder | None = None
         self._fused_head = FusedHead(self.model, self.method)
         self._in_graph = InGraph(self.method, copies=pairs, compiled=is_compiled(model))
@@ -277,6 +279,7 @@ class GradDotProdEngine(ValSide):
         if self.val_due:
             self.refresh(loss_scale)
         self._train, self._size = open_batch, open_batch.rows
+        self._flat_rows.begin()
         self._axes.begin_train(packed=open_batch.segments is not None)
         self.method.begin_train(open_batch.size)
         if open_batch.leaf is None:
@@ -349,6 +352,7 @@ class GradDotProdEngine(ValSide):
         started = time.perf_counter()
         try:
             self._axes.check_train(open_batch)
+            self._flat_rows.check()
             scores = self.method.scores(scale_B, self._val.group_share, self._tolerance())
         finally:
             self.discard()
@@ -405,6 +409,7 @@ class GradDotProdEngine(ValSide):
             else:
                 self._axes.ran(name)
                 train.saw(name, flat=seen.flat)
+                self._flat_rows.saw(name, seen)
                 self._seconds += time.perf_counter() - started  # the val pass is timed as a whole
                 see = train.in_time(self.method.see_train(name))
             return seen.back(tapped(seen, saved, see, leaf).outputs)

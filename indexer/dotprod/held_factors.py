@@ -21,6 +21,7 @@ from indexer.dotprod.exact import NEGLIGIBLE
 from indexer.dotprod.ledger import Ledger, Tapped, survey
 from indexer.dotprod.open_batch import OpenBatch
 from indexer.dotprod.val_gradient import ValGradient
+from indexer.encode.flat_rows import FlatRows
 from indexer.encode.tap import tapped
 from indexer.layers.base import at_least_float
 from indexer.layers.factors import Factors, Vector, add_rows
@@ -125,6 +126,7 @@ class FactorHolder:
         self._kinds = {name: tapped.kind for name, tapped in self.ledger.tapped.items()}
         self._axes = KnownAxes(model, self._kinds, trusted=not check)
         self._unchecked = check
+        self._flat_rows = FlatRows()
         self._handles: list[RemovableHandle] = []
         self._open_batch: OpenBatch | None = None
         self._held = HeldFactors()
@@ -149,6 +151,7 @@ class FactorHolder:
     def begin(self, open_batch: OpenBatch) -> None:
         """Begin a scoring pass."""
         self._open_batch, self._held = open_batch, HeldFactors()
+        self._flat_rows.begin()
         self._axes.begin_train()
 
     def end(self) -> None:
@@ -168,6 +171,7 @@ class FactorHolder:
         """
         assert self._open_batch is not None
         self._axes.check_train(self._open_batch)
+        self._flat_rows.check()
         sizes = [gradient.norm().double() for gradient in expected.values() if gradient is not None]
         total_norm = float(torch.stack(sizes).norm()) if sizes else 0.0
         if total_norm and isfinite(total_norm):  # else the batch shows nothing: no targets, or an overflow in float16
@@ -204,6 +208,7 @@ class FactorHolder:
             if not seen.requires_grad:
                 return None
             self._axes.ran(name)
+            self._flat_rows.saw(name, seen)
             see = partial(self._see, self._held, layer)
             x = layer.kind.held(seen.x, seen.dtype)
             return seen.back(tapped(seen, x, see, open_batch.leaf).outputs)

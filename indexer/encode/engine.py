@@ -17,7 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from ghoststore.errors import CaptureError, UsageError
 from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.activations import lean_activations
+from indexer.encode.autograd_probe import differing
 from indexer.encode.branch import SideBranch
+from indexer.encode.flat_rows import FlatRows
 from indexer.encode.forward_probe import ABSENT, CallKeeper, CannotRun, strangers
 from indexer.encode.modes import without_autocast
 from indexer.encode.sample_axis import Witness, refuse_mixed, unsupported
@@ -108,6 +110,8 @@ class GradProjLoraEngine:
         self._flags: list[tuple[nn.Parameter, bool]] = []
         self._ran: set[str] = set()
         self._tests_left = TESTED_BATCHES if check else 0
+        self._unlike_autograd = check
+        self._flat_rows = FlatRows()
         self._witness: Witness | None = None
         self._keeper: CallKeeper | None = None
 
@@ -173,15 +177,20 @@ class GradProjLoraEngine:
         device = next(self.model.parameters()).device
         self._batch = batch_size
         self._ran = set()
+        self._flat_rows.begin()
         tested = self._tests_left > 0 and batch_size > 1
         compiled = self._given is not self.model
         self._witness = Witness(device) if tested and not compiled else None
         if self._keeper is not None:
-            self._keeper.begin(wanted=tested)
-        self._leaves = {
+            self._keeper.begin(wanted=tested or self._unlike_autograd)
+        self._leaves = self._new_leaves()
+
+    def _new_leaves(self) -> dict[str, Tensor]:
+        device = next(self.model.parameters()).device
+        return {
             # One number expanded to (B, k_out, k_in): the leaf takes no memory.
             layer.block.name: torch.zeros((), device=device)
-            .expand(batch_size, layer.k_out, layer.k_in)
+            .expand(self._batch, layer.k_out, layer.k_in)
             .requires_grad_(True)
             for layer in self.projection.plan.layers
         }
@@ -218,6 +227,7 @@ class GradProjLoraEngine:
                 f"{_OLD_GRAPH if compiled else ''}",
                 missing,
             )
+        self._flat_rows.check()
         leaves = self._leaves_in_order()
         others = [] if beside is None else beside._leaves_in_order()
         if not losses_B.requires_grad:
@@ -277,7 +287,27 @@ class GradProjLoraEngine:
         if self._tests_left and self._batch > 1:
             self._leaves = {}  # without leaves the branches do nothing in the checks' forward passes
             self._check(witness)
+        if self._unlike_autograd:
+            self._check_autograd()
         return blocks
+
+    def _check_autograd(self) -> None:
+        """CaptureError if blocks of a sample of the first batch are not autograd's. A model that is not called itself,
+        or runs on no single sample, is not checked.
+        """
+        call = None if self._keeper is None else self._keeper.call
+        if call is None:
+            return
+        batch, ran, self._batch = self._batch, self._ran, 1
+        self._witness, self._leaves = None, self._new_leaves()
+        try:
+            problems = differing(self.model, call, batch, self.projection, self._leaves)
+        except CannotRun:
+            problems = {}
+        finally:
+            self._batch, self._ran, self._leaves = batch, ran, {}
+        refuse_mixed(problems, len(self.projection.plan.layers))
+        self._unlike_autograd = False
 
     def _check(self, witness: Witness | None) -> None:
         """CaptureError if a layer mixes samples, by reweighted losses and by forward passes of some of the samples.
@@ -323,6 +353,7 @@ class GradProjLoraEngine:
             with torch.no_grad(), without_autocast(seen.device.type):
                 saved = layer_type.keep(module, seen.x, sides, seen.dtype)
             self._ran.add(use.module)
+            self._flat_rows.saw(use.module, seen)
             outputs: tuple[Tensor, ...] = SideBranch.apply(  # type: ignore[no-untyped-call]
                 leaf, saved, (module, layer_type, sides, use.flipped), seen.rows, *seen.outputs
             )

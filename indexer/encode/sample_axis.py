@@ -258,7 +258,8 @@ class AxisProbe:
             self._refuse_company(unwatched_B, NARROW_COMPANY_TOLERANCE if witness.narrow else COMPANY_TOLERANCE)
         self._losses_B = unwatched_B
         try:
-            witness.run(losses_B)
+            with self._watched(witness, batch, {}):  # gradient checkpointing runs the layers again
+                witness.run(losses_B)
         except RuntimeError as error:
             if "donated buffer" in str(error):
                 return False

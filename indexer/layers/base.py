@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ghoststore.errors import CaptureError, LayerError
-from indexer.layers.factors import Factors
+from indexer.layers.factors import Factors, summed_gradient
 
 if TYPE_CHECKING:
     from indexer.layers.replayed import Call
@@ -214,15 +214,18 @@ def has_plain_weight(module: nn.Module) -> bool:
     return "weight" in own and own <= {"weight", "bias"}
 
 
-_COMPUTES: dict[tuple[type[nn.Module], str], bool] = {}
+_COMPUTES: dict[tuple[Any, ...], bool] = {}
 
 
 def computes(module: nn.Module, kind: LayerType, x: Tensor) -> bool:
-    """Whether ``module``, a class of somebody's own, computes for ``x`` what ``kind`` says, with other weights, too.
+    """Whether ``module``, a class of somebody's own, computes for ``x`` what ``kind`` says, with other weights, too,
+    and has its gradients.
 
-    It is tried once for a class. Later each call is held against the formula: see :func:`output_problem`.
+    It is tried once for a class and its settings (numbers and words).
+    Later each call is held against the formula: see :func:`output_problem`.
     """
-    key = (type(module), kind.name)
+    settings = frozenset((k, v) for k, v in vars(module).items() if v is None or isinstance(v, (int, float, str)))
+    key = (type(module), kind.name, settings)
     if key not in _COMPUTES:
         _COMPUTES[key] = _computes(module, kind, x)
     return _COMPUTES[key]
@@ -239,10 +242,11 @@ def _computes(module: nn.Module, kind: LayerType, x: Tensor) -> bool:
     # A copy with random weights: at 1 (or 0) other formulas agree by chance.
     copied = deepcopy(module)
     devices = [x.device] if x.is_cuda else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+    with torch.enable_grad(), torch.random.fork_rng(devices=devices):
         for p in copied._parameters.values():
             if p is not None:
-                p.copy_(0.5 + torch.rand(p.shape, generator=generator))
+                sign = torch.randint(0, 2, p.shape, generator=generator) * 2 - 1
+                p.requires_grad_(True).data.copy_(sign * (0.5 + torch.rand(p.shape, generator=generator)))
         for scale in (1.0, 0.01):  # with small numbers an epsilon shows
             x_scaled = x if kind.is_lookup else x * scale
             try:
@@ -250,6 +254,25 @@ def _computes(module: nn.Module, kind: LayerType, x: Tensor) -> bool:
             except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
                 return False
             if not isinstance(y, Tensor) or output_problem(kind, copied, x_scaled, y) is not None:
+                return False
+            if not y.requires_grad or not _has_gradients_of(kind, copied, x_scaled, y):
+                return False
+    return True
+
+
+def _has_gradients_of(kind: LayerType, module: nn.Module, x: Tensor, y: Tensor) -> bool:
+    """Whether the gradients of the parameters of ``module`` are those of the formulas, for a random ``dy``."""
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.device, y.dtype)
+    own = {key: p for key, p in module._parameters.items() if p is not None}
+    found = torch.autograd.grad(y, list(own.values()), dy, allow_unused=True)
+    with torch.no_grad():
+        factors = kind.factors(module, kind.held(x, y.dtype), dy)
+        for (key, p), gradient in zip(own.items(), found, strict=True):
+            if gradient is None or key not in factors:
+                return False
+            expected = summed_gradient(factors[key], p)
+            most = NARROW_OUTPUT if {p.dtype, y.dtype} & {torch.float16, torch.bfloat16} else OUTPUT
+            if not (gradient.to_dense() - expected).norm() <= most * expected.norm():
                 return False
     return True
 

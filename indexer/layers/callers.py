@@ -49,7 +49,25 @@ def replayed_parameters(model: nn.Module, handled: Collection[str]) -> dict[str,
         if owner:
             inner = name[len(owner) + 1 :]
             found.setdefault(owner, []).extend(f"{inner}.{key}" if inner else key for key in own)
-    return {name: tuple(keys) for name, keys in found.items()}
+    return _each_once(model, found)
+
+
+def _each_once(model: nn.Module, found: dict[str, list[str]]) -> dict[str, tuple[str, ...]]:
+    """``found`` without a parameter's further names in a module, or in modules inside: where a module runs again, all
+    uses of the parameter in it count.
+    """
+    owners: dict[int, list[str]] = {}
+    once: dict[str, tuple[str, ...]] = {}
+    for name in sorted(found, key=lambda name: name.count(".")):
+        keys = []
+        for key in found[name]:
+            seen = owners.setdefault(id(model.get_submodule(name).get_parameter(key)), [])
+            if not any(f"{name}.".startswith(f"{owner}.") for owner in seen):
+                seen.append(name)
+                keys.append(key)
+        if keys:
+            once[name] = tuple(keys)
+    return {name: once[name] for name in found if name in once}
 
 
 def caller_of(model: nn.Module, name: str) -> str:

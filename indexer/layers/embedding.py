@@ -36,7 +36,8 @@ class EmbeddingLayer(LayerType):
             return True
         if not isinstance(module, nn.Embedding) or not has_plain_weight(module) or _scale(module) is None:
             return False
-        return computes(module, self, torch.tensor([[0, len(module.weight) - 1]], device=module.weight.device))
+        places = [0, len(module.weight) - 1, module.padding_idx or 0]
+        return computes(module, self, torch.tensor([places], device=module.weight.device))
 
     def axes(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, nn.Embedding)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 
@@ -42,6 +43,18 @@ class Vector:
 
 
 Factors: TypeAlias = Outer | Vector
+
+
+def summed_gradient(factors: Factors, like: Tensor) -> Tensor:
+    """The gradient of all samples together, at least float32, of a parameter of the shape of ``like``."""
+    if isinstance(factors, Vector):
+        return factors.values.sum(0).view_as(like)
+    columns = factors.columns.flatten(0, 1).to(torch.promote_types(like.dtype, torch.float32))
+    if not factors.is_lookup:
+        return factors.rows.flatten(0, 1).to(columns.dtype).t() @ columns
+    into = torch.zeros(like.shape, dtype=columns.dtype, device=columns.device)
+    add_rows(into, factors.rows.flatten(), columns)
+    return into
 
 
 def add_rows(into: Tensor, rows_N: Tensor, values_NK: Tensor) -> None:

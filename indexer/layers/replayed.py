@@ -23,6 +23,8 @@ from indexer.layers.factors import Factors, Vector
 
 TOLERANCE, NARROW_TOLERANCE = 1e-3, 0.05
 """Largest relative difference of a sample's output alone from that in the batch, in float32 and in 16 bits."""
+MASK = 1e4
+"""Size from which equal numbers of an output are taken for those of a mask. They would hide all others."""
 
 
 def mapped(value: Any, function: Callable[[Tensor], Any], of_others: Callable[[Any], Any] = lambda x: x) -> Any:
@@ -44,19 +46,19 @@ def _without_cache(value: Any) -> Any:
     return None if hasattr(value, "get_seq_length") and hasattr(value, "update") else value
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in ``value``, in the order of :func:`mapped`."""
     if isinstance(value, Tensor):
         return [value]
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for item in items for tensor in _tensors(item)]
+    return [tensor for item in items for tensor in tensors_in(item)]
 
 
 def _samples_in(value: Any, batch: int) -> Tensor | None:
     """The first tensor of the arguments that can have ``batch`` samples on its first axis, apart from positions or with
     them. None where all are of positions, or there is none: the module runs once for all samples.
     """
-    return next((x for x in _tensors(value) if x.dim() and (len(x) > 1 or batch == 1) and not _counts_up(x)), None)
+    return next((x for x in tensors_in(value) if x.dim() and (len(x) > 1 or batch == 1) and not _counts_up(x)), None)
 
 
 def _counts_up(x: Tensor) -> bool:
@@ -103,6 +105,8 @@ class Call:
     batch: int
     """Samples of the call."""
     outputs_BN: Tensor
+    widths: tuple[int, ...]
+    """Numbers of each output in a row of :attr:`outputs_BN`."""
     places: tuple[int, ...]
     """The samples that are meant."""
     autocast: torch.dtype | None
@@ -125,6 +129,7 @@ class Call:
             self.kwargs,
             self.batch,
             self.outputs_BN,
+            self.widths,
             places,
             self.autocast,
             self.versions,
@@ -156,8 +161,35 @@ class Call:
             yield self._gradient(place, keys, dy_N)
 
     def _gradient(self, place: int, keys: Sequence[str], dy_N: Tensor) -> dict[str, Tensor]:
+        found = self._gradient_with(place, keys, dy_N, whole=None)
+        for tensor in self._of_positions_perhaps():
+            try:
+                other = self._gradient_with(place, keys, dy_N, whole=tensor)
+            except CaptureError:
+                continue  # it is of the samples: with all of it, the module gives something else
+            if any((other[key] - found[key]).norm() > TOLERANCE * found[key].norm() for key in keys):
+                raise CaptureError(
+                    f"a {type(self.module).__name__}, which no formula knows, was called with a tensor of shape "
+                    f"{tuple(tensor.shape)} in a batch of {self.batch} samples that have {self.batch} positions: whose "
+                    "axis is the first, its output does not tell. Give a batch of another size, or leave it out with "
+                    "`exclude_layers`"
+                )
+        return found
+
+    def _of_positions_perhaps(self) -> list[Tensor]:
+        """Arguments as long as the batch, where a sample has as many positions: they may be tables of these."""
+        tensors = [x for x in tensors_in((self.args, self.kwargs)) if x.dim()]
+        first = _samples_in((self.args, self.kwargs), self.batch)
+        if first is None or self.batch == 1:
+            return []
+        if len(first) != self.batch**2 and not any(self.batch in x.shape[1:] for x in tensors):
+            return []
+        return [x for x in tensors if len(x) == self.batch and not _counts_up(x)]
+
+    def _gradient_with(self, place: int, keys: Sequence[str], dy_N: Tensor, whole: Tensor | None) -> dict[str, Tensor]:
+        """The gradients of the sample at ``place``, with all of the argument ``whole``."""
         leaves = {key: self.module.get_parameter(key).detach().requires_grad_() for key in keys}
-        args, kwargs = self._alone(place)
+        args, kwargs = self._alone(place, whole)
         device = self.outputs_BN.device.type
         with (
             _without_hooks(self.module),
@@ -190,18 +222,22 @@ class Call:
     def _differs(self, y_N: Tensor, expected_N: Tensor) -> bool:
         narrow = {y_N.dtype, *(p.dtype for p in self.module.parameters()), self.autocast}
         most = NARROW_TOLERANCE if narrow & {torch.float16, torch.bfloat16} else TOLERANCE
-        y_N, expected_N = y_N.double().nan_to_num(), expected_N.double().nan_to_num()
-        return bool((y_N - expected_N).norm() > most * expected_N.norm())
+        widths = list(self.widths)
+        parts = zip(torch.split(y_N.double(), widths), torch.split(expected_N.double(), widths), strict=True)
+        return any(_gap(y, expected) > most for y, expected in parts)
 
-    def _alone(self, place: int) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """The arguments of one sample. Where the first tensor has samples and positions on one axis, so have others."""
+    def _alone(self, place: int, whole: Tensor | None) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """The arguments of one sample, with all of ``whole``.
+
+        Where the first tensor has samples and positions on one axis, so have others.
+        """
         first = _samples_in((self.args, self.kwargs), self.batch)
         length = 0 if first is None else len(first)
         each = length // self.batch
 
         def cut(x: Tensor) -> Tensor:
-            x = x.detach()
-            if not each or not x.dim() or _counts_up(x):
+            is_whole, x = x is whole, x.detach()
+            if is_whole or not each or not x.dim() or _counts_up(x):
                 return x
             if len(x) == self.batch:
                 return x[place : place + 1]
@@ -211,9 +247,18 @@ class Call:
         return args, kwargs
 
 
+def _gap(y_N: Tensor, expected_N: Tensor) -> float:
+    """‖y - expected‖ ÷ ‖expected‖, without equal numbers of masks; infinite if others are not finite."""
+    same = (y_N == expected_N) & (expected_N.abs() >= MASK) | (y_N.isnan() & expected_N.isnan())
+    gap, size = (y_N - expected_N)[~same].norm(), expected_N[~same].norm()
+    if not bool((gap + size).isfinite()):
+        return float("inf")
+    return float(gap / size) if bool(gap) else 0.0  # infinite where nothing was expected
+
+
 def _outputs(y: Any) -> list[Tensor]:
     """The outputs that a gradient can come to."""
-    return [output for output in _tensors(y) if _may_have_gradient(output)]
+    return [output for output in tensors_in(y) if _may_have_gradient(output)]
 
 
 def _may_have_gradient(output: Tensor) -> bool:
@@ -249,7 +294,7 @@ class ReplayedLayer(LayerType):
         by_sample = [_by_sample(output, batch, once=first is None) for output in outputs]
         if outputs and (first is None or len(first) % batch == 0) and all(x is not None for x in by_sample):
             return None
-        shapes = [tuple(x.shape) for x in _tensors((args, kwargs))], [tuple(x.shape) for x in _tensors(y)]
+        shapes = [tuple(x.shape) for x in tensors_in((args, kwargs))], [tuple(x.shape) for x in tensors_in(y)]
         return f"saw inputs of shapes {shapes[0]} and gave {shapes[1]} in a batch of {batch} samples"
 
     def output_problem(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> str | None:
@@ -271,9 +316,10 @@ class ReplayedLayer(LayerType):
             kwargs,
             batch,
             outputs_BN=_rows([output.detach() for output in of_samples], batch),
+            widths=tuple(output.numel() // batch for output in of_samples),
             places=tuple(range(batch)),
             autocast=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
-            versions=tuple((x, x._version) for x in _tensors((args, kwargs))),
+            versions=tuple((x, x._version) for x in tensors_in((args, kwargs))),
         )
 
         def back(tapped: Sequence[Tensor]) -> Any:

@@ -1,0 +1,53 @@
+"""Whether layers that see samples and positions on one axis keep as many positions of each sample in later batches.
+
+Rows of padding that a model takes out, or that a router picks, may be a multiple of the batch by accident. What the
+checks of the first batches have seen is then no longer so.
+"""
+
+from __future__ import annotations
+
+from ghoststore.errors import CaptureError
+from indexer.layers.base import Seen
+
+
+class FlatRows:
+    """Compares the positions of flat layers with those of layers that have them on an axis of their own."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[int, int]] = {}
+        """Of each flat layer when it ran first: its positions, and the most of any other layer."""
+        self._flat: dict[str, int] = {}
+        self._others: set[int] = set()
+
+    def begin(self) -> None:
+        """Begin a batch."""
+        self._flat, self._others = {}, set()
+
+    def saw(self, name: str, seen: Seen) -> None:
+        """Note a run of the layer ``name``."""
+        output = seen.outputs[0]
+        if output.dim() < 3:
+            return
+        if seen.flat:
+            self._flat[name] = output.shape[1]
+        else:
+            self._others.add(output.shape[1])
+
+    def check(self) -> None:
+        """CaptureError for a flat layer whose rows are no longer all positions of all samples.
+
+        Allowed are as many positions as another layer has, or fewer by the same number or share as at first.
+        """
+        if not self._others:
+            return
+        most = max(self._others)
+        for name, positions in self._flat.items():
+            first, first_most = self._known.setdefault(name, (positions, most))
+            if positions in self._others or positions - most == first - first_most:
+                continue
+            if positions * first_most != first * most:
+                raise CaptureError(
+                    f"layer {name!r} saw rows of {positions} positions of each sample where other layers have {most}, "
+                    f"and in an earlier batch {first} of {first_most}: rows were taken out (padding), or routed, so it "
+                    "is not known whose they are. Leave the layer out with `exclude_layers`"
+                )
