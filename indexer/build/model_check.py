@@ -19,8 +19,9 @@ from torch import Tensor
 from ghoststore.corpus import Sample
 from ghoststore.errors import CaptureError
 from ghoststore.store.part.status import Status
-from indexer.encode.encoder import RowEncoder, forward_options, pad
+from indexer.encode.encoder import RowEncoder, pad
 from indexer.encode.losses import Reduction, next_token_losses_plainly
+from indexer.encode.modes import forward_options
 from indexer.encode.plain import ArrivingBlocks
 from indexer.encode.sample_axis import PROBE_SIZES, AxisProbe, unsupported
 from indexer.encode.tokens import Row, Tokens

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ghoststore.errors import UsageError
-from indexer.encode.encoder import forward_options
 from indexer.encode.losses import next_token_losses, next_token_losses_plainly
+from indexer.encode.modes import forward_options
 
 ValLosses = Callable[[nn.Module, Any], Tensor]
 """(model, val batch) to the loss of each of its samples, (samples of the batch,)."""

@@ -5,7 +5,6 @@ Legend: B rows of a batch, T tokens of the longest, D numbers of a vector.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
@@ -20,6 +19,7 @@ from ghoststore.progress import Task
 from indexer.encode.batching import plan_batches
 from indexer.encode.engine import GradProjLoraEngine, refuse_randomness
 from indexer.encode.losses import IGNORED, Reduction, next_token_losses
+from indexer.encode.modes import forward_options
 from indexer.encode.tokens import Row
 from indexer.projection.matrices import Projection
 
@@ -118,11 +118,6 @@ class RowEncoder:
         del logits
         vectors = self.engine.collect(losses, self.beside)
         return Encoded(vectors, losses.detach())
-
-
-def forward_options(model: Any) -> dict[str, Any]:
-    """The keywords for the model's forward beside its inputs: no cache of keys and values, if it has one."""
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def encode_rows(encoder: RowEncoder, rows: Sequence[Row], batch_tokens: int, task: Task) -> Encoded:

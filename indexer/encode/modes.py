@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -112,3 +113,8 @@ def settle_hooks() -> None:
         if hooks is not None and handle.id in hooks:
             hooks[handle.id] = torch.compiler.disable(hooks[handle.id])  # type: ignore[no-untyped-call]
     _unsettled.clear()
+
+
+def forward_options(model: Any) -> dict[str, Any]:
+    """The keywords for the model's forward beside its inputs: no cache of keys and values, if it has one."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}

@@ -18,9 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import CaptureError
 from indexer.encode.batching import plan_batches
-from indexer.encode.encoder import RowEncoder, forward_options, pad
+from indexer.encode.encoder import RowEncoder, pad
 from indexer.encode.losses import next_token_losses
-from indexer.encode.modes import without_autocast
+from indexer.encode.modes import forward_options, without_autocast
 from indexer.encode.tokens import Row
 from indexer.layers import LayerType, Sides
 from indexer.projection.blocks import Use
@@ -111,6 +111,9 @@ def position_scores(encoder: RowEncoder, rows: Sequence[Row], queries_QD: Tensor
     """
     model, projection = encoder.engine.model, encoder.engine.projection.to(encoder.device)
     query_of = blocks_of(projection, queries_QD.to(encoder.device))
+    layers = _asked(model, projection, query_of)
+    if not layers:  # queries of zeros
+        return [torch.zeros(len(queries_QD), len(row.tokens), dtype=torch.float64) for row in rows]
     results: list[Tensor] = [torch.zeros(0)] * len(rows)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     leaf: list[Tensor] = []
@@ -118,7 +121,7 @@ def position_scores(encoder: RowEncoder, rows: Sequence[Row], queries_QD: Tensor
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        for layer in _asked(model, projection, query_of):
+        for layer in layers:
             for use in layer.block.uses:
                 module = model.get_submodule(use.module)
                 hook = _hook(layer, use, module, projection, query_of, leaf)

@@ -21,7 +21,8 @@ from ghoststore.settings.shared import Checkpoint as CheckpointSource
 from ghoststore.store import Run
 from ghoststore.store.base.manifest import difference_lines, differences
 from ghoststore.store.base.records import reading
-from indexer.encode.encoder import RowEncoder, encode_rows, forward_options
+from indexer.encode.encoder import RowEncoder, encode_rows
+from indexer.encode.modes import forward_options
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, embedding_rows, longest_row, rows_of
 from indexer.projection.stored import projection_of_run
 from query.ask.encoder import PartEncoder

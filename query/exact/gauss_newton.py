@@ -23,8 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ghoststore.errors import UsageError
 from ghoststore.progress import Task
 from indexer.encode.batching import plan_batches
-from indexer.encode.encoder import forward_options, pad
+from indexer.encode.encoder import pad
 from indexer.encode.losses import IGNORED, Reduction
+from indexer.encode.modes import forward_options
 from indexer.encode.tokens import Row
 from indexer.layers.base import at_least_float
 from indexer.projection.blocks import Block

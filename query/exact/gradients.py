@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ghoststore.errors import UsageError
-from indexer.encode.encoder import forward_options, pad
+from indexer.encode.encoder import pad
 from indexer.encode.engine import refuse_randomness
 from indexer.encode.losses import Reduction, next_token_losses
+from indexer.encode.modes import forward_options
 from indexer.encode.tokens import Row
 
 

@@ -235,7 +235,9 @@ def test_a_layer_without_positions(lab: Lab) -> None:
     encoder = RowEncoder(model, projection)
     row = Row(None, 0, 0, np.arange(8, dtype=np.int32), 1, None)  # type: ignore[arg-type]
     with pytest.raises(CaptureError, match=r"'mlp' gave an output of shape .* second axis is not that of the tokens"):
-        position_scores(encoder, [row], torch.zeros(1, projection.plan.dimension), 64)
+        position_scores(encoder, [row], torch.ones(1, projection.plan.dimension), 64)
+    zeros = position_scores(encoder, [row], torch.zeros(2, projection.plan.dimension), 64)
+    assert [scores_QT.tolist() for scores_QT in zeros] == [[[0.0] * 8] * 2]
     assert not model.mlp._forward_hooks
 
 
