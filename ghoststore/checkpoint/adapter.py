@@ -21,6 +21,7 @@ from typing import Any, get_args
 from ghoststore.checkpoint.bounds import ADAPTER_CONFIG, check_files, read_object
 from ghoststore.checkpoint.find import (
     Checkpoint,
+    InFolder,
     exists,
     fingerprint_weights,
     holds_model,
@@ -137,11 +138,9 @@ def adapter_identity(base: str, weights: str, config: Mapping[str, Any], *, merg
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterCheckpoint:
-    """An adapter and its base, in the place of a :class:`Checkpoint`. :func:`find_adapter` makes it."""
+class AdapterCheckpoint(InFolder):
+    """An adapter, in its folder, and its base, in the place of a :class:`Checkpoint`. :func:`find_adapter` makes it."""
 
-    folder: Path
-    """That of the adapter."""
     config: dict[str, Any]
     base: Checkpoint
     merged: bool
@@ -166,16 +165,6 @@ class AdapterCheckpoint:
     def config_where(self) -> str:
         """What messages call its configuration."""
         return self.base.config_where
-
-    @property
-    def name(self) -> str:
-        """A name for it, used in default names."""
-        return self.folder.resolve().name
-
-    @property
-    def recorded(self) -> str:
-        """What a manifest records of where it lies."""
-        return str(self.folder.resolve())
 
     @property
     def recorded_base(self) -> str:

@@ -28,10 +28,26 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "mo
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A folder with a model: ``config.json`` and safetensors files. :func:`find_checkpoint` makes it."""
+class InFolder:
+    """What lies in a folder: a model, or an adapter."""
 
     folder: Path
+
+    @property
+    def name(self) -> str:
+        """A name for it, used in default names."""
+        return self.folder.resolve().name
+
+    @property
+    def recorded(self) -> str:
+        """What a manifest records of where it lies."""
+        return str(self.folder.resolve())
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint(InFolder):
+    """A folder with a model: ``config.json`` and safetensors files. :func:`find_checkpoint` makes it."""
+
     weights: tuple[Path, ...]
     """The safetensors files, sorted by name."""
 
@@ -54,16 +70,6 @@ class Checkpoint:
     def config_where(self) -> str:
         """What messages call its configuration."""
         return str(self.folder / CONFIG)
-
-    @property
-    def name(self) -> str:
-        """A name for it, used in default names."""
-        return self.folder.resolve().name
-
-    @property
-    def recorded(self) -> str:
-        """What a manifest records of where it lies."""
-        return str(self.folder.resolve())
 
     @property
     def tokenizer_folder(self) -> Path:

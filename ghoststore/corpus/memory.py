@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ghoststore.corpus.formats.base import Form, KeyedRow
+from ghoststore.corpus.formats.base import Form, KeyedRow, NumberedForm
 from ghoststore.corpus.formats.dataset import DatasetForm
 from ghoststore.corpus.locate import BETWEEN, absolute, corpus_name
 from ghoststore.corpus.values import RowError
@@ -21,17 +21,12 @@ WHAT = "a path, or a list of paths, of texts or of dicts, a datasets.Dataset, a 
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryForm:
+class MemoryForm(NumberedForm):
     """A list of texts and dictionaries. A row's key is its number; a text is the field "text" of its row."""
 
     items: Sequence[object]
     name: str = "memory"
-    has_offsets: bool = False
-    adds_nulls: bool = False
     largest: int | None = None
-
-    def fields(self, path: Path) -> Sequence[str] | None:
-        return None
 
     def rows(self, path: Path, columns: Sequence[str] | None, start: int) -> Iterator[KeyedRow]:
         yield from self.pick(path, columns, range(start, len(self.items)))
@@ -46,9 +41,6 @@ class MemoryForm:
 
     def count(self, path: Path) -> int:
         return len(self.items)
-
-    def where(self, path: Path, key: int) -> str:
-        return f"{path}, row {key + 1}"
 
 
 def _row(item: object) -> dict[str, object]:

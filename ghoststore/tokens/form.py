@@ -6,22 +6,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ghoststore.corpus.formats.base import KeyedRow
+from ghoststore.corpus.formats.base import KeyedRow, NumberedForm
 from ghoststore.tokens.shards import TokenShards
 
 
 @dataclass(frozen=True, slots=True)
-class ShardsForm:
+class ShardsForm(NumberedForm):
     """Rows of :meth:`TokenShards.row`, numbered from 0."""
 
     shards: TokenShards
     name: str = "token-shards"
-    has_offsets: bool = False
-    adds_nulls: bool = False
     largest: int | None = None
-
-    def fields(self, path: Path) -> Sequence[str] | None:
-        return None
 
     def rows(self, path: Path, columns: Sequence[str] | None, start: int) -> Iterator[KeyedRow]:
         for sample in range(start, self.shards.samples):

@@ -41,6 +41,23 @@ PENDING = "ghoststore_pending.safetensors"
 """File in a Trainer's checkpoint with the steps that the store did not have yet."""
 
 
+def _refuse_settings(val_data: Any, save_interval: int, samples: object, domains: object) -> None:
+    """UsageError for settings that cannot be used as given."""
+    if val_data is None:
+        raise UsageError("scores are against a val set: give `val_data`")
+    if save_interval < 1:
+        raise UsageError(f"`dot_prod_save_interval` must be at least 1 step, not {save_interval}")
+    if samples is None and domains is not None:
+        raise UsageError("`domains` are those of `samples`: give these, too")
+
+
+def _refuse_to_keep(keep_gradients: int | None, keep: ProjectionConfig | None, proj_dtype: str) -> None:
+    """UsageError for settings of kept gradients that do not go together."""
+    check_kept(keep_gradients, proj_dtype)
+    if keep is not None and keep_gradients is None:
+        raise UsageError("`keep` says how the gradients of `keep_gradients` are projected: give that, too")
+
+
 class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     """``Trainer(…, callbacks=[GhostStoreCallback(store="./store", val_data=batches)])``, also of TRL's ``SFTTrainer``.
 
@@ -94,20 +111,13 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         resume_from_checkpoint: str | Path | None = None,
         note: Callable[[str], None] | None = None,
     ) -> None:
-        if val_data is None:
-            raise UsageError("scores are against a val set: give `val_data`")
-        if dot_prod_save_interval < 1:
-            raise UsageError(f"`dot_prod_save_interval` must be at least 1 step, not {dot_prod_save_interval}")
-        check_kept(keep_gradients, proj_dtype)
-        if keep is not None and keep_gradients is None:
-            raise UsageError("`keep` says how the gradients of `keep_gradients` are projected: give that, too")
+        _refuse_settings(val_data, dot_prod_save_interval, samples, domains)
+        _refuse_to_keep(keep_gradients, keep, proj_dtype)
         if choosing is not None and score_layers is None and projection is None:
             score_layers = "blocks"
         if choosing is not None and choosing.contrast:
             refuse_contrast_in(score_metric)
         self._name, self._field, self._choosing = name, sample_field, choosing
-        if samples is None and domains is not None:
-            raise UsageError("`domains` are those of `samples`: give these, too")
         self._samples = None if samples is None else Samples.of(samples, domains)
         self._named = self._samples is not None
         self._engine_of = partial(

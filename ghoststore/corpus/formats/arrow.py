@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ghoststore.corpus.content import BESIDE_MESSAGES
-from ghoststore.corpus.formats.base import KeyedRow, reading
+from ghoststore.corpus.formats.base import KeyedRow, reading, row_place
 from ghoststore.corpus.formats.compressed import too_large
 from ghoststore.corpus.values import column_of
 from ghoststore.errors import CorpusError
@@ -61,8 +61,3 @@ def wanted(columns: Sequence[str] | None, names: Iterable[str]) -> list[str] | N
     if any(column is None for name, column in holding.items() if name not in BESIDE_MESSAGES):
         return None
     return list(dict.fromkeys(column for column in holding.values() if column is not None))
-
-
-def row_place(path: Path, key: int) -> str:
-    """The place of a row for messages, counted from 1."""
-    return f"{path}, row {key + 1}"

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ghoststore.corpus.formats.arrow import ROWS_PER_BATCH, batch_rows, reading_arrow, row_place, wanted
-from ghoststore.corpus.formats.base import KeyedRow
+from ghoststore.corpus.formats.arrow import ROWS_PER_BATCH, batch_rows, reading_arrow, wanted
+from ghoststore.corpus.formats.base import KeyedRow, NumberedForm
 from ghoststore.errors import CorpusError
 from ghoststore.store.base.opening import open_regular
 
@@ -29,11 +29,10 @@ _CONTINUED = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
-class ArrowForm:
+class ArrowForm(NumberedForm):
     name: str = "arrow"
-    has_offsets: bool = False
-    adds_nulls: bool = True
     largest: int | None = None
+    adds_nulls = True
 
     def fields(self, path: Path) -> Sequence[str] | None:
         names: list[str] = self.schema(path).names
@@ -80,9 +79,6 @@ class ArrowForm:
     def count(self, path: Path) -> int:
         with self._opened(path) as (_, rows):
             return rows
-
-    def where(self, path: Path, key: int) -> str:
-        return row_place(path, key)
 
     @contextmanager
     def _opened(self, path: Path) -> Iterator[tuple[Any, int]]:

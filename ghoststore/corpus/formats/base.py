@@ -58,6 +58,27 @@ class Form(Protocol):
         """The place of a row for messages: the file, and the line or row counted from 1."""
 
 
+def row_place(path: Path, key: int) -> str:
+    """The place of a row for messages, counted from 1."""
+    return f"{path}, row {key + 1}"
+
+
+class NumberedForm:
+    """A form whose keys are the numbers of rows; its rows have names of their own unless it says otherwise."""
+
+    __slots__ = ()
+    has_offsets = False
+    adds_nulls = False
+
+    def fields(self, path: Path) -> Sequence[str] | None:
+        """See :class:`Form`."""
+        return None
+
+    def where(self, path: Path, key: int) -> str:
+        """See :class:`Form`."""
+        return row_place(path, key)
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turn any error of reading a file into a CorpusError that names the file."""

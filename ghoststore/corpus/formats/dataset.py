@@ -7,19 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ghoststore.corpus.formats.arrow import ROWS_PER_BATCH, batch_rows, reading_arrow, row_place, wanted
-from ghoststore.corpus.formats.base import KeyedRow
+from ghoststore.corpus.formats.arrow import ROWS_PER_BATCH, batch_rows, reading_arrow, wanted
+from ghoststore.corpus.formats.base import KeyedRow, NumberedForm
 
 
 @dataclass(frozen=True, slots=True)
-class DatasetForm:
+class DatasetForm(NumberedForm):
     """A `datasets.Dataset`, read as Arrow tables from its memory map. Paths serve only as names in messages."""
 
     dataset: Any
     name: str = "dataset"
-    has_offsets: bool = False
-    adds_nulls: bool = True
     largest: int | None = None
+    adds_nulls = True
 
     def fields(self, path: Path) -> Sequence[str] | None:
         names: list[str] = self.dataset.column_names
@@ -40,9 +39,6 @@ class DatasetForm:
 
     def count(self, path: Path) -> int:
         return len(self.dataset)
-
-    def where(self, path: Path, key: int) -> str:
-        return row_place(path, key)
 
     def schema(self, path: Path) -> Any:
         """The Arrow schema of the dataset, with metadata."""

@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.corpus.content import Tokenized
-from ghoststore.corpus.formats.arrow import row_place
-from ghoststore.corpus.formats.base import KeyedRow, reading
+from ghoststore.corpus.formats.base import KeyedRow, NumberedForm, reading, row_place
 from ghoststore.corpus.formats.compressed import too_large
 from ghoststore.errors import CorpusError
 from ghoststore.store.base.opening import open_regular
@@ -45,16 +44,11 @@ NAMELESS = NamelessVocabulary()
 
 
 @dataclass(frozen=True, slots=True)
-class MegatronForm:
+class MegatronForm(NumberedForm):
     """The documents of a .bin file, in the order of its index. All tokens but the first are targets."""
 
     name: str = "megatron"
-    has_offsets: bool = False
-    adds_nulls: bool = False
     largest: int | None = None
-
-    def fields(self, path: Path) -> Sequence[str] | None:
-        return None
 
     def rows(self, path: Path, columns: Sequence[str] | None, start: int) -> Iterator[KeyedRow]:
         with _Files(path, self.largest) as files:
@@ -70,9 +64,6 @@ class MegatronForm:
     def count(self, path: Path) -> int:
         with _Files(path, self.largest) as files:
             return int(files.documents)
-
-    def where(self, path: Path, key: int) -> str:
-        return row_place(path, key)
 
 
 class _Files:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ghoststore.corpus.formats.arrow import ROWS_PER_BATCH, batch_rows, reading_arrow, row_place, wanted
-from ghoststore.corpus.formats.base import KeyedRow
+from ghoststore.corpus.formats.arrow import ROWS_PER_BATCH, batch_rows, reading_arrow, wanted
+from ghoststore.corpus.formats.base import KeyedRow, NumberedForm
 from ghoststore.errors import CorpusError
 from ghoststore.settings.fields import LARGEST_RECORD
 from ghoststore.store.base.opening import open_regular
@@ -27,11 +27,10 @@ _DICTIONARY_PAGE, _NEXT_NUMBER = 2, 0x15
 
 
 @dataclass(frozen=True, slots=True)
-class ParquetForm:
+class ParquetForm(NumberedForm):
     name: str = "parquet"
-    has_offsets: bool = False
-    adds_nulls: bool = True
     largest: int | None = None
+    adds_nulls = True
 
     def fields(self, path: Path) -> Sequence[str] | None:
         names: list[str] = self.schema(path).names
@@ -105,9 +104,6 @@ class ParquetForm:
     def count(self, path: Path) -> int:
         with parquet_file(path) as file:
             return int(file.metadata.num_rows)
-
-    def where(self, path: Path, key: int) -> str:
-        return row_place(path, key)
 
 
 def _inside(keys: Sequence[int], first: int, count: int) -> Sequence[int]:

@@ -16,11 +16,12 @@ from ghoststore.settings.projection import ProjectionConfig
 from indexer.dotprod import GradDotProdEngine
 from indexer.encode.engine import GradProjLoraEngine
 from indexer.layers import layer_type_of
+from tests.support.around import Around
 from tests.support.models import settle
 from tests.support.oracle import naive, relative_error
 from tests.support.scoring import check, exact_plain, plain_step, sum_of_squares
 
-T, D = 4, 6
+T, D = 4, Around.width
 
 
 def drawn(count: int, seed: int) -> Tensor:
@@ -28,18 +29,6 @@ def drawn(count: int, seed: int) -> Tensor:
 
 
 X, VAL = drawn(3, 0), drawn(5, 1)
-
-
-class Around(nn.Module):
-    """A layer between two linears; ``call`` says how it is called."""
-
-    def __init__(self, layer: nn.Module, call: Callable[[nn.Module, Tensor], Tensor] | None = None) -> None:
-        super().__init__()
-        self.first, self.layer, self.last = nn.Linear(D, D), layer, nn.Linear(D, 3)
-        self.call = call or (lambda layer, x: layer(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.tanh(self.call(self.layer, torch.tanh(self.first(x)))))
 
 
 class Fused(nn.Module):

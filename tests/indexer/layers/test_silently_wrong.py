@@ -15,10 +15,11 @@ from ghoststore.settings.projection import ProjectionConfig
 from indexer.dotprod import GradDotProdEngine
 from indexer.encode.engine import GradProjLoraEngine
 from indexer.layers import layer_type_of
+from tests.support.around import Around
 from tests.support.oracle import naive, relative_error
 from tests.support.scoring import check, exact_plain, plain_step, sum_of_squares
 
-D = 6
+D = Around.width
 TABLE = torch.randn(9, D, generator=torch.Generator().manual_seed(2))
 
 
@@ -27,16 +28,6 @@ def drawn(count: int, positions: int, seed: int) -> Tensor:
 
 
 X, VAL = drawn(3, 4, 0), drawn(5, 4, 1)
-
-
-class Around(nn.Module):
-    def __init__(self, layer: nn.Module, call: Callable[[nn.Module, Tensor], Tensor] | None = None) -> None:
-        super().__init__()
-        self.first, self.layer, self.last = nn.Linear(D, D), layer, nn.Linear(D, 3)
-        self.call = call or (lambda layer, x: layer(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.tanh(self.call(self.layer, torch.tanh(self.first(x)))))
 
 
 class TwoNames(nn.Module):
