@@ -213,6 +213,17 @@ def test_a_functional_use_of_a_weight_is_found_in_the_first_batch(when: str, rou
 
 
 @pytest.mark.parametrize("route", ["direct", "gram"])
+def test_a_functional_use_in_the_val_pass_is_found_before_the_first_batch(route: Route) -> None:
+    """On the Gram route, too, which forms no val gradient: a sum of products with it may be right by chance."""
+    model = settle(Behind(when="val"))
+    with (
+        GradDotProdEngine(model, VAL_IDS, val_losses=losses_of_behind, route=route) as engine,
+        pytest.raises(CaptureError, match=r"'emb.weight': its val gradient differs"),
+    ):
+        engine.refresh()
+
+
+@pytest.mark.parametrize("route", ["direct", "gram"])
 def test_a_first_batch_without_a_gradient_does_not_use_up_the_check(route: Route) -> None:
     model = settle(Behind(when="train"))
     with GradDotProdEngine(model, VAL_IDS, val_losses=losses_of_behind, route=route) as engine:

@@ -13,8 +13,9 @@ from transformers import DataCollatorWithFlattening
 from ghoststore import GradDotProdEngine, ProjectionConfig
 from ghoststore.errors import CaptureError, UsageError
 from indexer.dotprod.segments import Segments, packed_samples
+from tests.indexer.layers.test_families import made
 from tests.support.models import Example, bert_causal, examples, gpt2, llama, neox
-from tests.support.scoring import VAL, agree, check, exact_causal, val_batch
+from tests.support.scoring import VAL, agree, causal_engine, check, exact_causal, val_batch
 
 SAMPLES = examples((9, 3, 11, 5, 2, 17), seed=3)
 
@@ -303,3 +304,15 @@ def test_gather_is_the_slow_obvious_one() -> None:
         rows = x[sample_RT == sample]
         assert torch.equal(found[sample, : len(rows)], rows)
         assert not found[sample, len(rows) :].any()
+
+
+def test_modules_that_run_again_row_by_row_are_refused_by_name() -> None:
+    model = made("Mixtral")
+    batch = packed([[SAMPLES[0], SAMPLES[1]]])
+    with causal_engine(model) as engine, pytest.raises(UsageError, match="cannot be taken sample by sample") as error:
+        engine.prepare(2, segments=packed_samples(batch, 2))
+    named = str(error.value).rpartition("`exclude_layers=")[2].rstrip("`")
+    left_out = [name.strip(" '") for name in named.strip("[]").split(",")]
+    exact = exact_causal(model, SAMPLES[:2], VAL[:3]).only(lambda name: not name.startswith(tuple(left_out)))
+    with causal_engine(model, exclude_layers=left_out) as engine:
+        check(step(engine, model, batch, 2), exact)

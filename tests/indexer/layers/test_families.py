@@ -115,6 +115,22 @@ def test_scores_of_all_parameters(family: str) -> None:
         check(causal_step(engine, model), exact)
 
 
+def test_a_cache_that_is_written_in_place() -> None:
+    """RWKV's, in the val pass: it is asked for none."""
+    config = transformers.RwkvConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        attention_hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        context_length=POSITIONS,
+    )
+    model = settle(transformers.RwkvForCausalLM(config)).train()
+    exact = exact_causal(model, BATCH, VAL[:3])
+    with causal_engine(model) as engine:
+        check(causal_step(engine, model), exact)
+
+
 def test_default_layers_of_a_mixture_are_its_attention_router_and_experts() -> None:
     model = made("Mixtral")
     with GradProjLoraEngine(model, ProjectionConfig(rank_total=16, compress="none")) as engine:

@@ -333,3 +333,43 @@ def test_a_weight_shared_with_a_layer_that_has_a_formula_is_refused() -> None:
     exact = exact_plain(model, X, VAL).only(lambda name: name != "odd.weight")
     with GradDotProdEngine(model, VAL, val_losses=sum_of_squares, exclude_layers=["odd.weight"]) as engine:
         check(plain_step(engine, model, X), exact)
+
+
+@pytest.mark.parametrize("name", ["fused experts", "weight norm", "convolution"])
+def test_gradients_are_laid_out_and_taken_apart(name: str) -> None:
+    model = made(name)
+    parameters = {key: p.detach() for key, p in model.named_parameters()}
+    for layer in project(model)[1].plan.layers:
+        matrix_OI = layer.block.lay_out(parameters)
+        assert matrix_OI.shape == (layer.block.n_out, layer.block.n_in)
+        for key, tensor in layer.block.take_apart(matrix_OI, parameters).items():
+            assert torch.equal(tensor, parameters[key])
+
+
+class Flat(nn.Module):
+    """Samples and positions on one axis, from the first layer to the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.reshape(-1, D)).view(len(x), -1, 3)
+
+
+def test_a_batch_size_that_nothing_shows_is_not_taken_at_its_word() -> None:
+    model = settle(Flat())
+    x = drawn(4, 0)
+    with GradDotProdEngine(model, VAL, val_losses=sum_of_squares) as engine:
+        engine.prepare(2)  # of twice the positions
+        loss = sum_of_squares(model, x).mean()
+        engine.watch(loss)
+        loss.backward()
+        with pytest.raises(CaptureError, match="nothing shows that there are 2 samples"):
+            engine.collect()
+        engine.discard()
+        engine.prepare(4)
+        loss = sum_of_squares(model, x).mean()
+        engine.watch(loss, weights=torch.full((4,), 0.25))
+        loss.backward()
+        check(engine.collect(), exact_plain(model, x, VAL))
