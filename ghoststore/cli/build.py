@@ -32,6 +32,7 @@ def _print(report: Any) -> None:
     facts = [
         ("part", f"{report.part} in {report.store}"),
         ("rows", f"{report.rows:,}" + (f" ({report.resumed_rows:,} were there)" if report.resumed_rows else "")),
+        *([("share", _share(report))] if report.worker else []),
         *((f"  {status.replace('_', ' ')}", f"{count:,}") for status, count in report.statuses.items()),
         ("tokens", f"{report.tokens:,}" if report.tokens is not None else "not counted"),
         ("layers", f"{report.layers}, {report.coverage:.1%} of the model's parameters"),
@@ -45,13 +46,20 @@ def _print(report: Any) -> None:
     print_facts("dry run" if report.dry_run else "built", facts)
 
 
+def _share(report: Any) -> str:
+    """What a worker has done, and what is left of the part."""
+    left = report.rows - sum(report.statuses.values())
+    rest = f"{left:,} of the part are with others, or missing" if left else "the part is complete"
+    return f"worker {report.worker}: {report.rows_built:,} rows built; {rest}"
+
+
 def _times(report: Any) -> str:
     """The split between learning and building; of a dry run an estimate."""
     learning, computing = report.seconds.get("learning", 0.0), report.seconds["compute"]
     split = f"learning the projection {_seconds(learning)}, " if learning else ""
     if report.dry_run:
         return f"about {_seconds(learning + computing)}: {split}building {_seconds(computing)}"
-    rate = f" ({(report.rows - report.resumed_rows) / computing:,.1f} rows/s)" if computing else ""
+    rate = f" ({report.rows_built / computing:,.1f} rows/s)" if computing else ""
     text = f"{_seconds(report.seconds['total'])}: {split}building {_seconds(computing)}{rate}"
     if learning > computing:
         text += ". This corpus is small: plain gradients (--proj-precondition none) take no learning, and rank worse"

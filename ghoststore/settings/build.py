@@ -1,5 +1,6 @@
 """Options of ``ghoststore build`` and ``ghoststore tokenize``."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
@@ -20,6 +21,20 @@ from ghoststore.settings.shared import (
     in_memory,
     is_stdin,
 )
+
+AUTO = "auto"
+"""The worker that a launcher's variables name."""
+
+
+def worker_of(text: str) -> tuple[int, int]:
+    """(I, N) of "I/N". UsageError unless 1 ≤ I ≤ N."""
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    number, count = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= count:
+        raise UsageError(
+            f"`worker` is I/N, worker I of N from 1 to N, or {AUTO} under torchrun and SLURM; not {text!r:.40}"
+        )
+    return number, count
 
 
 @options
@@ -60,10 +75,35 @@ class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, Ch
         "gradients: scores then tell what a step of Adam does.",
         "Projection",
     )
+    worker: str | None = option(
+        None,
+        "Build only the share of worker I of N, beside the others, here or elsewhere; auto: as torchrun or SLURM say.",
+        "Advanced",
+        metavar="I/N",
+    )
+    workers: int | None = option(
+        None, "Build by so many processes of this machine, one a GPU where there are GPUs.", "Advanced", metavar="N"
+    )
+    devices: Sequence[str] = option(
+        (), "Devices of the workers, in turn: 0,1 are GPUs (default: every GPU).", "Advanced", metavar="DEVICES"
+    )
     dry_run: bool = option(False, "Print rows, tokens, D, bytes and memory; build nothing.", "Output")
 
     def __post_init__(self) -> None:
-        check_at_least(1, batch_tokens=self.batch_tokens, max_samples=self.max_samples)
+        check_at_least(1, batch_tokens=self.batch_tokens, max_samples=self.max_samples, workers=self.workers)
+        if self.worker is not None and self.worker != AUTO:
+            worker_of(self.worker)
+        if self.worker is not None and self.workers is not None:
+            raise UsageError("`worker` is one of several that are started elsewhere, `workers` starts them: give one")
+        if self.devices and self.workers is None:
+            raise UsageError("`devices` are those of `workers`: give that, too, or `device` for a build by one process")
+        if (self.worker or self.workers) and any(map(in_memory, (self.data, self.checkpoint, self.tokenizer))):
+            raise UsageError(
+                "several workers each open the checkpoint, the tokenizer and the corpus: save what is in memory, and "
+                "give paths"
+            )
+        if (self.worker or self.workers) and self.stdin:
+            raise UsageError("standard input can be read only once, not by several workers: give a file")
         if self.dry_run and self.stdin:
             raise UsageError("`dry_run` cannot read standard input: the corpus would be used up; give a file")
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import numpy as np
 
 from ghoststore.progress import Progress, Silent
-from ghoststore.settings.build import BuildOptions
+from ghoststore.settings.build import AUTO, BuildOptions
 from ghoststore.settings.keywords import takes
 from ghoststore.store import Part, Store
 from ghoststore.store.base.manifest import refuse_differences
@@ -18,12 +19,15 @@ from ghoststore.store.base.own import remember
 from ghoststore.store.info import describe
 from ghoststore.store.part.part import create_part, span_table
 from ghoststore.store.spans.writer import writing
+from indexer.build.beginning import begin
 from indexer.build.corpus_plan import other_places
 from indexer.build.estimate import estimated_seconds
-from indexer.build.inputs import open_inputs
+from indexer.build.inputs import open_inputs, part_name
 from indexer.build.job import BuildJob, plan_job
 from indexer.build.report import BuildReport
+from indexer.build.share import Share, device_of
 from indexer.build.spans import compute_spans
+from indexer.build.workers import build_side_by_side
 
 
 @takes(BuildOptions)
@@ -44,33 +48,65 @@ def build(options: BuildOptions) -> BuildReport:
     If the part exists and is of the same build, it is continued: only spans without a commit record are computed. The
     result is byte-identical to that of an uninterrupted build.
 
+    ``workers`` processes of this machine build side by side; with ``worker="2/8"`` this process builds the second of
+    eight shares beside others, on this machine or others that see the same store (see ``docs/scale.md``). Whoever comes
+    first plans the part and learns the projection, once; the others wait for that.
+
     Raises CheckpointError, CorpusError, LayerError or UsageError for inputs that cannot be used, MismatchError if the
     part exists and is of another build, CorruptError (before anything is computed) if a file of what is committed is
-    damaged, BusyError if another process builds it, StorageError if the disk refuses. Committed spans stay
-    committed.
+    damaged, BusyError if another process builds it, WorkerError if a process of ``workers`` dies again and again,
+    StorageError if the disk refuses. Committed spans stay committed.
     """
     progress = options.progress or Silent()
+    if options.workers is not None and not options.dry_run:
+        return build_side_by_side(options, progress)
+    share = Share.given(options.worker)
+    if options.worker == AUTO:
+        options = replace(options, device=device_of(options.device))
     started = time.perf_counter()
-    with open_inputs(options, progress) as inputs:
-        job = plan_job(inputs, progress)
-        report = BuildReport.of(job)
-        if options.dry_run:
-            return replace(report, seconds=estimated_seconds(job))
-        part = _open_part(Store.create(options.store), job, progress)
-        if problem := remember(part.manifest, job.manifest["source"], part.path):
-            progress.note(problem)
-        # A complete part in a folder without write access is only read: there is nothing to write.
-        with writing(part) if not part.complete or os.access(part.path, os.W_OK) else nullcontext():
-            part = Part(part.path)  # opened again: another process may have written until the lock was ours
-            seconds = compute_spans(part, job, progress)
+    if options.dry_run:
+        with open_inputs(options, progress) as inputs:
+            job = plan_job(inputs, progress)
+            return replace(BuildReport.of(job), seconds=estimated_seconds(job))
+    with opened(options, progress, None if share is None else share.of) as (job, part):
+        chosen = range(part.layout.spans) if share is None else share.of(part.layout.spans)
+        missing = sorted(set(chosen) - set(part.spans))
+        seconds = compute_spans(part, job, progress, None if share is None else missing)
         built = describe(Part(part.path))
         return replace(
-            report,
+            BuildReport.of(job),
             tokens=built.tokens,
             resumed_rows=part.rows,
+            rows_built=sum(stop - start for start, stop in map(part.layout.span_of, missing)),
+            worker=None if share is None else str(share),
             statuses=built.statuses,
             seconds={"total": time.perf_counter() - started, "learning": job.learning_seconds, **seconds},
         )
+
+
+@contextmanager
+def opened(
+    options: BuildOptions, progress: Progress, share: Callable[[int], Collection[int]] | None = None
+) -> Iterator[tuple[BuildJob, Part]]:
+    """The resolved build and its part, made if there is none, which no other process may write meanwhile.
+
+    With ``share``, which names this worker's spans by their number, other workers may: one of them begins the part.
+    """
+    with ExitStack() as stack:
+        beginning = ExitStack()
+        if share is not None:
+            name = part_name(options)  # before the store is made: a checkpoint that is none is refused
+            beginning = stack.enter_context(begin(Store.create(options.store), name, progress))
+        inputs = stack.enter_context(open_inputs(options, progress, checked=share))
+        job = plan_job(inputs, progress, joining=share is not None)
+        part = _open_part(Store.create(options.store), job, progress)
+        beginning.close()
+        if problem := remember(part.manifest, job.manifest["source"], part.path):
+            progress.note(problem)
+        # A complete part in a folder without write access is only read: there is nothing to write.
+        if not part.complete or os.access(part.path, os.W_OK):
+            stack.enter_context(writing(part, shared=share is not None))
+        yield job, Part(part.path)  # opened again: another process may have written until the lock was ours
 
 
 def _open_part(store: Store, job: BuildJob, progress: Progress) -> Part:

@@ -187,6 +187,31 @@ def plan_corpus(
     )
 
 
+def planned_as(part: Part) -> CorpusPlan:
+    """The plan that ``part`` was begun with, without reading the corpus.
+
+    Only where each sample is one row. :func:`rows_of_spans` compares the samples of a span with their digest in the
+    plan, so that another corpus is refused by the first span.
+    """
+    corpus, layout = part.manifest["corpus"], part.layout
+    table = span_table(part)
+    return CorpusPlan(
+        scan=Scan(
+            rows=int(corpus["samples"]),
+            fingerprint=str(corpus["fingerprint"]),
+            domains=corpus["domains"],
+            text_bytes=0,
+        ),
+        rows=layout.rows,
+        tokens=None,
+        table=table,
+        before=np.arange(len(table), dtype=np.int64) * layout.span_rows,
+        repeated_ids=part.repeated_ids,
+        fields=layout.fields,
+        kept_fingerprint=corpus.get("kept_fingerprint"),
+    )
+
+
 def _checked(
     samples: Iterable[Sample],
     tokenizer: Tokenizer,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,19 +89,32 @@ class BuildInputs:
         }
 
 
+def part_name(options: BuildOptions) -> str:
+    """The name of the part, given or made of those of checkpoint and corpus."""
+    if options.name:
+        return check_name(options.name)
+    checkpoint = find_checkpoint(options.checkpoint, base=options.base, adapter=options.adapter)
+    return safe_name(checkpoint.name, part_word(options.data))
+
+
 @contextmanager
-def open_inputs(options: BuildOptions, progress: Progress, repaired: Part | None = None) -> Iterator[BuildInputs]:
+def open_inputs(
+    options: BuildOptions,
+    progress: Progress,
+    repaired: Part | None = None,
+    checked: Callable[[int], Collection[int]] | None = None,
+) -> Iterator[BuildInputs]:
     """Open all inputs. Those that cannot be used are refused before the model is loaded, and so is a damaged part,
-    unless it is ``repaired``.
+    unless it is ``repaired``: of its committed spans those that ``checked`` names by their number, by default all, are
+    read for that.
     """
     device = resolve_device(options.device, options.checkpoint)
     checkpoint = find_checkpoint(options.checkpoint, base=options.base, adapter=options.adapter)
     given = options.tokenizer
     text_tokenizer = load_tokenizer(checkpoint.tokenizer_folder if given is None else given_tokenizer(given))
-    default_name = safe_name(checkpoint.name, part_word(options.data))
-    part_name = check_name(options.name) if options.name else default_name
+    name = check_name(options.name) if options.name else safe_name(checkpoint.name, part_word(options.data))
     Store.refuse_others(Path(options.store))
-    existing = repaired or _existing(options.store, part_name, progress)
+    existing = repaired or existing_part(options.store, name, progress, checked)
     if existing is not None:
         refuse_incomplete(existing)
     if not options.dry_run and not (existing is not None and existing.complete):
@@ -124,7 +137,7 @@ def open_inputs(options: BuildOptions, progress: Progress, repaired: Part | None
             model=model,
             tokenizer=tokenizer,
             corpus=corpus,
-            part_name=part_name,
+            part_name=name,
             existing=existing,
             device=device,
             batch_tokens=options.batch_tokens or DEFAULT_BATCH_TOKENS[torch.device(device).type],
@@ -143,9 +156,11 @@ def _fields(options: BuildOptions, repaired: Part | None) -> Fields | ResolvedFi
     return options.fields or Fields()
 
 
-def _existing(store: str | Path, name: str, progress: Progress) -> Part | None:
+def existing_part(
+    store: str | Path, name: str, progress: Progress, checked: Callable[[int], Collection[int]] | None = None
+) -> Part | None:
     """The part called ``name``, or None. CorruptError naming what is damaged: every committed span is read, which is
-    little beside what a build computes.
+    little beside what a build computes; with ``checked`` those that it names, see :func:`open_inputs`.
     """
     if not (Path(store) / "zarr.json").exists():
         return None
@@ -154,6 +169,9 @@ def _existing(store: str | Path, name: str, progress: Progress) -> Part | None:
         return None
     part = opened_store.damaged_part(name)
     refuse_damaged(part)
-    with closing(progress.task(f"checking {part.name}", len(part.spans), unit="spans")) as task:
-        refuse_damaged_spans(part, part.spans, task)
+    chosen = set(range(part.layout.spans) if checked is None else checked(part.layout.spans))
+    spans = [span for span in part.spans if span in chosen]
+    if spans:
+        with closing(progress.task(f"checking {part.name}", len(spans), unit="spans")) as task:
+            refuse_damaged_spans(part, spans, task)
     return part

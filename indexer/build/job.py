@@ -20,7 +20,7 @@ from ghoststore.store.base.manifest import refuse_differences
 from ghoststore.store.part.encoding import numbers_per_layer
 from ghoststore.store.part.kept import KeptField
 from indexer.build.calibrate import calibrate
-from indexer.build.corpus_plan import CorpusPlan, LearningSample, plan_corpus
+from indexer.build.corpus_plan import CorpusPlan, LearningSample, plan_corpus, planned_as
 from indexer.build.inputs import BuildInputs
 from indexer.build.kept_fields import refuse_other_fields
 from indexer.build.model_check import ROWS_LOOKED_AT, ModelCheck
@@ -93,8 +93,11 @@ class BuildJob:
         }
 
 
-def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
-    """Choose the layers, check the model, scan the corpus, and draw or learn the matrices."""
+def plan_job(inputs: BuildInputs, progress: Progress, *, joining: bool = False) -> BuildJob:
+    """Choose the layers, check the model, scan the corpus, and draw or learn the matrices.
+
+    A worker that is ``joining`` a part that exists does not scan the corpus where the part says enough.
+    """
     options, model, existing = inputs.options, inputs.model, inputs.existing
     config = (options.projection or ProjectionConfig()).for_build(optimizer_state=options.optimizer_state is not None)
     if options.optimizer_state is not None and config.preconditioned:
@@ -105,17 +108,20 @@ def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
     plan, padding = _supported(inputs, config, progress)
     config = plan.config
     learning = LearningSample(config.calibration_samples) if plan.calibrated else None
-    corpus_plan = plan_corpus(
-        inputs.corpus,
-        inputs.tokenizer,
-        inputs.tokens,
-        # The size of spans does not depend on the number of rows, which only the scan will tell.
-        span_rows=_layout(inputs, plan, sys.maxsize).span_rows,
-        max_samples=options.max_samples,
-        tokenize=options.dry_run,
-        learning=learning,
-        progress=progress,
-    )
+    if joining and existing is not None and inputs.tokens.overlong != "window" and not options.dry_run:
+        corpus_plan = planned_as(existing)
+    else:
+        corpus_plan = plan_corpus(
+            inputs.corpus,
+            inputs.tokenizer,
+            inputs.tokens,
+            # The size of spans does not depend on the number of rows, which only the scan will tell.
+            span_rows=_layout(inputs, plan, sys.maxsize).span_rows,
+            max_samples=options.max_samples,
+            tokenize=options.dry_run,
+            learning=learning,
+            progress=progress,
+        )
     layout = _layout(inputs, plan, corpus_plan.rows, corpus_plan.fields)
     scales: Mapping[str, SideScales] | None = None
     if inputs.repairing and existing is not None:

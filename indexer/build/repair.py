@@ -289,7 +289,7 @@ class _Repair:
             for span in sorted(spans):
                 with storage_errors(str(part.path)):
                     withdraw(part, span)
-            compute_spans(Part(part.path), job, self._progress, spans)
+            compute_spans(Part(part.path), job, self._progress, spans, "rebuilding")
         for span in sorted(spans):
             stored = before[span]
             changed = stored is not None and read_commit(part.path, span).files != stored.files

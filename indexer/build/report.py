@@ -33,8 +33,12 @@ class BuildReport:
     dry_run: bool
     resumed_rows: int = 0
     """Rows that were committed before this call."""
+    rows_built: int = 0
+    """Rows that this call has built."""
+    worker: str | None = None
+    """The share of this process, "I/N"; None if it built all that was missing."""
     statuses: dict[str, int] = field(default_factory=dict)
-    """Rows of the part by status."""
+    """Committed rows by status: fewer than ``rows`` together where other workers are still building theirs."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time in seconds: ``total``, ``learning`` (of the projection), ``compute``, ``corpus`` (waiting for it) and
     ``write`` (in the background). Of a dry run estimates of ``learning`` and ``compute``."""

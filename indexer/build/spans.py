@@ -26,10 +26,10 @@ from indexer.encode.tokens import Row
 
 
 def compute_spans(
-    part: Part, job: BuildJob, progress: Progress, only: Collection[int] | None = None
+    part: Part, job: BuildJob, progress: Progress, only: Collection[int] | None = None, verb: str = "building"
 ) -> dict[str, float]:
     """Compute and commit every span without a record; with ``only``, only those of them. Returns seconds by kind of
-    work.
+    work. ``verb`` begins the line of progress.
     """
     missing = sorted(set(range(part.layout.spans) if only is None else only) - set(part.spans))
     seconds = {"compute": 0.0, "corpus": 0.0, "write": 0.0}
@@ -45,9 +45,9 @@ def compute_spans(
         padding=job.padding,
     )
     if only is None:
-        task = progress.task("building", part.layout.rows, done=part.rows)
+        task = progress.task(verb, part.layout.rows, done=part.rows)
     else:
-        task = progress.task("rebuilding", sum(stop - start for start, stop in map(part.layout.span_of, missing)))
+        task = progress.task(verb, sum(stop - start for start, stop in map(part.layout.span_of, missing)))
     with closing(task), encoder, BackgroundWriter(part) as writer:
         waited = time.perf_counter()
         for span, rows in _read_ahead(job, part, missing):

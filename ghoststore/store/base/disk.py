@@ -150,8 +150,8 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.E
 
 
 @contextmanager
-def exclusive(folder: Path, what: str, parameter: str | None = "name") -> Iterator[None]:
-    """Keep other writers out of ``folder`` while the block runs.
+def exclusive(folder: Path, what: str, parameter: str | None = "name", *, shared: bool = False) -> Iterator[None]:
+    """Keep other writers out of ``folder`` while the block runs; with ``shared`` those that are not shared, too.
 
     A lock (flock), which ends with the process, excludes those of this machine; a record in the folder those of all
     machines, see :func:`ghoststore.store.base.writers.at_work`.
@@ -165,7 +165,7 @@ def exclusive(folder: Path, what: str, parameter: str | None = "name") -> Iterat
         raise BusyError(busy(what, parameter, [])) from None  # the process that held it has just renamed or removed it
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BusyError(busy(what, parameter, living(folder))) from None
         except OSError as error:
@@ -173,7 +173,7 @@ def exclusive(folder: Path, what: str, parameter: str | None = "name") -> Iterat
                 raise
         with ExitStack() as stack:
             with storage_errors(str(folder), UNCHANGED):
-                stack.enter_context(at_work(folder, what, parameter))
+                stack.enter_context(at_work(folder, what, parameter, shared=shared))
             yield
     finally:
         os.close(handle)

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -60,6 +60,8 @@ class Writer:
     silent: float
     """Seconds since then."""
     alive: bool
+    shared: bool = False
+    """Whether it lets others with this mark write beside it."""
 
     def __str__(self) -> str:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
@@ -162,13 +164,14 @@ def _clock_of(folder: Path) -> float:
 
 
 @contextmanager
-def at_work(folder: Path, what: str, parameter: str | None = "name") -> Iterator[None]:
+def at_work(folder: Path, what: str, parameter: str | None = "name", *, shared: bool = False) -> Iterator[None]:
     """Keep a record in ``folder``, touched by a thread, while the block runs. Records of dead writers are removed.
 
-    BusyError naming another living writer, if there is one. OSError if the folder cannot be written.
+    BusyError naming another living writer, if there is one; with ``shared`` others that are shared, too, are let be.
+    OSError if the folder cannot be written.
     """
     process = os.getpid()
-    record = _enter(folder, what, parameter)
+    record = _enter(folder, what, parameter, shared)
     try:
         with touched(record):
             yield
@@ -177,27 +180,33 @@ def at_work(folder: Path, what: str, parameter: str | None = "name") -> Iterator
             _leave(record)
 
 
-def _enter(folder: Path, what: str, parameter: str | None) -> Path:
-    """Make this process's record in ``folder``. BusyError if another living process has one.
+def _enter(folder: Path, what: str, parameter: str | None, shared: bool) -> Path:
+    """Make this process's record in ``folder``. BusyError if another living process has one that excludes it.
 
     Writers that come at the same time see each other once their records exist. The first by the clock of the file
     system goes on. The others, and two with the same time, remove their records, wait and try again: the first to do so
     is alone.
     """
     for pause in (*PAUSES, None):
-        refuse_second(living(folder), what, parameter)
+        refuse_second(_excluding(living(folder), shared), what, parameter)
         with suppress(OSError):
             remove_dead(folder)
-        record = _write(folder / FOLDER, what, parameter)
+        record = _write(folder / FOLDER, what, parameter, shared)
         present = {writer.id: writer for writer in living(folder)}
         this = present.pop(own_id(), None)
-        if this is not None and all(this.touched < other.touched for other in present.values()):
+        others = _excluding(present.values(), shared)
+        if this is not None and all(this.touched < other.touched for other in others):
             return record
         _leave(record)
         if pause is None:
             break
         time.sleep(random.uniform(0, pause))
-    raise BusyError(busy(what, parameter, list(present.values())))
+    raise BusyError(busy(what, parameter, others))
+
+
+def _excluding(others: Iterable[Writer], shared: bool) -> list[Writer]:
+    """Those of ``others`` beside which a writer may not write."""
+    return [other for other in others if not (shared and other.shared)]
 
 
 def _leave(record: Path) -> None:
@@ -243,10 +252,10 @@ def busy(what: str, parameter: str | None, others: list[Writer]) -> str:
     return message
 
 
-def _write(folder: Path, what: str, parameter: str | None) -> Path:
+def _write(folder: Path, what: str, parameter: str | None, shared: bool) -> Path:
     """Make this process's record in ``folder`` (``.writers``), and the folder. Returns its path."""
     record = folder / f"{own_id()}.json"
-    value = {**this_process(), "command": _command(), "since": time.time()}
+    value = {**this_process(), "command": _command(), "since": time.time(), "shared": shared}
     while True:
         folder.mkdir(exist_ok=True)
         try:
@@ -314,6 +323,7 @@ def _read(path: Path) -> Writer | None:
         touched=touched,
         silent=silent,
         alive=not gone,
+        shared=value.get("shared") is True,
     )
 
 

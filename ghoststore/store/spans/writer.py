@@ -26,8 +26,11 @@ from ghoststore.store.spans.group import Spanned
 
 
 @contextmanager
-def writing(target: Spanned[Any], parameter: str | None = "name") -> Iterator[None]:
+def writing(target: Spanned[Any], parameter: str | None = "name", *, shared: bool = False) -> Iterator[None]:
     """Keep other writers out of a part or a run while the block runs. BusyError if there is one.
+
+    With ``shared`` other shared writers are let be: the commit of a span needs no lock, see
+    :mod:`ghoststore.store.spans.committing`.
 
     ``parameter`` names the parameter by which to choose another target, None if there is none. Spans that an earlier
     writer had decided are committed, and its leftovers removed; ``target``, opened before, does not see them.
@@ -37,7 +40,7 @@ def writing(target: Spanned[Any], parameter: str | None = "name") -> Iterator[No
         return target.layout.span_keys(span) if span < target.layout.spans else []
 
     refuse_links(target.path)
-    with exclusive(target.path, f"{target.kind.name} {target.name!r}", parameter):
+    with exclusive(target.path, f"{target.kind.name} {target.name!r}", parameter, shared=shared):
         with storage_errors(str(target.path)):
             settle(target.path, files)  # before sweep() would remove their staged files
             sweep(target.path)

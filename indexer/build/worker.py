@@ -1,0 +1,94 @@
+"""A process that builds spans of a part for another, on one end of a pipe: see :mod:`indexer.build.workers`."""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ghoststore.errors import GhostStoreError
+from ghoststore.processes import end_with
+from ghoststore.progress import Task
+from ghoststore.settings.build import BuildOptions
+from ghoststore.store import Part
+from indexer.build.build import opened
+from indexer.build.report import BuildReport
+from indexer.build.spans import compute_spans
+from indexer.build.workers import HANG_UP, Done, Event, Ready
+
+
+class _Sent:
+    """The listener of progress of a worker: it sends what happens."""
+
+    def __init__(self, pipe: Connection[Any, Any]) -> None:
+        self._pipe = pipe
+        self._lock = threading.Lock()
+        self._tasks = 0
+
+    def send(self, message: Any) -> None:
+        with self._lock:
+            self._pipe.send(message)
+
+    def task(self, description: str, total: int | None, done: int = 0, unit: str = "rows") -> Task:
+        with self._lock:
+            self._tasks += 1
+            number = self._tasks
+        self.send(Event(task=number, begins=(description, total, done, unit)))
+        return _SentTask(self, number)
+
+    def note(self, message: str) -> None:
+        self.send(Event(words=message))
+
+
+class _SentTask:
+    def __init__(self, sent: _Sent, number: int) -> None:
+        self._sent, self._number = sent, number
+
+    def advance(self, rows: int, tokens: int = 0) -> None:
+        self._sent.send(Event(task=self._number, rows=rows, tokens=tokens))
+
+    def expect(self, seconds: float, besides: str) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        self._sent.send(Event(task=self._number, words=text))
+
+    def close(self) -> None:
+        self._sent.send(Event(task=self._number, ends=True))
+
+
+def serve(pipe: Connection[Any, Any], parent: int) -> None:
+    """What a worker of the process ``parent`` does until the other end of its pipe closes."""
+    orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def listen() -> None:
+        try:
+            while True:
+                orders.put(pipe.recv())
+        except HANG_UP:
+            os._exit(0)
+
+    end_with(parent)
+    sent = _Sent(pipe)
+    options = BuildOptions(**pipe.recv())
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        try:
+            # What is committed was checked by the process that started this one.
+            with opened(options, sent, lambda spans: []) as (job, part):
+                sent.send(Ready(report=BuildReport.of(job), learning=job.learning_seconds))
+                while (spans := orders.get()) is not None:
+                    compute_spans(Part(part.path), job, sent, spans)
+                    sent.send(Done())
+        except GhostStoreError as error:
+            sent.send(error)
+            orders.get()  # the other end hangs up
+    except HANG_UP:
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])), int(sys.argv[2]))

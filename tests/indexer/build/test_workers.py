@@ -1,0 +1,149 @@
+"""`build --workers`: processes of one machine, which may die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import ghoststore
+from ghoststore.errors import MismatchError, WorkerError
+from ghoststore.progress import Silent, Task
+from ghoststore.settings.build import BuildOptions
+from indexer.build import workers
+from indexer.build.workers import devices_of
+from tests.support.parts import unbuild
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
+
+
+def build(lab: Lab, store: Path, **settings: Any) -> ghoststore.BuildReport:
+    given = {"checkpoint": lab.checkpoint, "data": lab.corpus, "name": "part", "span_rows": 6, "device": "cpu"}
+    return ghoststore.build(store=store, **(given | {"workers": 2} | settings))
+
+
+def processes() -> list[int]:
+    """Workers of this process that are alive."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    return [int(pid) for pid in children if b"indexer.build.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+class Killing(Silent):
+    """Kills a worker whenever a bar called ``at`` begins or advances, at most ``most`` times."""
+
+    def __init__(self, at: str, most: int) -> None:
+        self.at, self.left = at, most
+        self.notes: list[str] = []
+        self.rows = 0
+
+    def task(self, description: str, total: int | None, done: int = 0, unit: str = "rows") -> Task:
+        self.strike(description)
+        listener = self
+
+        class Bar(type(super().task("", None))):  # type: ignore[misc]
+            def advance(self, rows: int, tokens: int = 0) -> None:
+                listener.rows += rows if description == "building" else 0
+                listener.strike(description)
+
+        return Bar()
+
+    def strike(self, description: str) -> None:
+        if description.startswith(self.at) and self.left and (pids := processes()):
+            os.kill(pids[self.left % len(pids)], signal.SIGKILL)
+            self.left -= 1
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+@pytest.mark.parametrize(
+    ("at", "most"),
+    [
+        ("building", 2),
+        pytest.param("", 0, marks=pytest.mark.slow),
+        pytest.param("learning", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_as_one_process(lab: Lab, built: Path, tmp_path: Path, at: str, most: int) -> None:
+    store, listener = tmp_path / "store", Killing(at, most)
+    report = build(lab, store, progress=listener)
+    assert lab.tree(store) == lab.tree(built)
+    assert listener.left == 0
+    assert len([note for note in listener.notes if "was killed by SIGKILL: another takes its place" in note]) == most
+    assert listener.rows == len(lab.rows) == report.rows_built  # what was built twice is shown once
+    assert report.statuses == build(lab, store).statuses
+    assert processes() == []
+
+
+@pytest.mark.slow
+def test_resumed(lab: Lab, built: Path, tmp_path: Path) -> None:
+    """Spans that are there are not built again, by however many."""
+    store = tmp_path / "store"
+    build(lab, store, workers=3)
+    unbuild(ghoststore.Store.open(store).part(), 1, 2)
+    report = build(lab, store)
+    assert (report.rows_built, report.resumed_rows) == (12, len(lab.rows) - 12)
+    assert lab.tree(store) == lab.tree(built)
+
+
+@pytest.mark.slow
+def test_errors_of_a_worker_are_those_of_the_build(lab: Lab, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    build(lab, store, workers=1)
+    before = lab.tree(store)
+    with pytest.raises(MismatchError, match="rank_total"):
+        build(lab, store, projection=ghoststore.ProjectionConfig(rank_total=16))
+    assert lab.tree(store) == before
+    assert processes() == []
+
+
+def test_that_die_again_and_again(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "DEATHS", 1)
+    monkeypatch.setattr(workers.sys, "executable", "/bin/false")
+    with pytest.raises(WorkerError, match=r"ended with exit status 1, the last of 3 that died .* `workers`"):
+        build(lab, tmp_path / "store")
+    assert processes() == []
+
+
+@pytest.mark.slow
+@pytest.mark.kill
+def test_the_workers_end_with_their_parent(lab: Lab, built: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    command = ["build", "--checkpoint", str(lab.checkpoint), "--data", str(lab.corpus), "--store", str(store)]
+    command += ["--name", "part", "--span-rows", "6", "--workers", "2"]
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "ghoststore", *command], stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
+    assert parent.stderr is not None
+    parent.stderr.readline()  # a worker is at work
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    assert children
+    parent.kill()
+    parent.stderr.read()  # which the workers hold open
+    parent.wait()
+    assert not any(Path(f"/proc/{pid}/cmdline").exists() and b"build.worker" in cmdline(pid) for pid in children)
+    assert lab.build(store).code == 0
+    assert lab.tree(store) == lab.tree(built)
+
+
+def cmdline(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_devices() -> None:
+    def of(**settings: Any) -> list[str]:
+        return devices_of(BuildOptions(checkpoint="m", data="d", store="s", workers=4, **settings))
+
+    assert of(device="cpu") == ["cpu"]
+    assert of(devices=["0,1", "cuda:3"]) == ["cuda:0", "cuda:1", "cuda:3"]
+    assert of(devices=["cpu"]) == ["cpu"]
+    assert of(device="cuda:1") == ["cuda:1"]
