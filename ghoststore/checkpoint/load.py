@@ -15,25 +15,28 @@ from ghoststore.checkpoint.adapter import AdapterCheckpoint, find_adapter, witho
 from ghoststore.checkpoint.bounds import CONFIG, bounded_making, check_config, check_files
 from ghoststore.checkpoint.find import TOKENIZER_PATTERNS, Checkpoint, exists, from_hub, locate, whole_model
 from ghoststore.checkpoint.in_memory import LoadedCheckpoint, LoadedTokenizer
+from ghoststore.checkpoint.nanogpt import is_checkpoint_file
 from ghoststore.checkpoint.quantised import bits_of, widened
+from ghoststore.checkpoint.token_ids import TokenIds
 from ghoststore.errors import CheckpointError, UsageError
 from ghoststore.lazy import importing
 from ghoststore.settings.shared import AdapterUse, TokenizerSource
 from ghoststore.settings.shared import Checkpoint as CheckpointSource
 
 DTYPES = ("float32", "bfloat16", "float16")
+PICKLE = ".pkl"
 
 
 AnyCheckpoint: TypeAlias = Checkpoint | AdapterCheckpoint | LoadedCheckpoint
-AnyTokenizer: TypeAlias = Path | LoadedTokenizer
-"""The folder of a tokenizer, or one in memory."""
+AnyTokenizer: TypeAlias = Path | LoadedTokenizer | TokenIds
+"""The folder of a tokenizer, one in memory, or what a checkpoint without any has."""
 
 
 def find_checkpoint(
     source: CheckpointSource, *, base: str | Path | None = None, adapter: AdapterUse | None = None
 ) -> AnyCheckpoint:
-    """The checkpoint in a folder, or of a hub id (downloaded by huggingface_hub unless it is cached); or that of a
-    loaded model. ``base`` and ``adapter`` are for a LoRA adapter: see :func:`find_adapter`.
+    """The checkpoint in a folder, or of a hub id (downloaded by huggingface_hub unless it is cached); that in a file of
+    nanoGPT; or that of a loaded model. ``base`` and ``adapter`` are for a LoRA adapter: see :func:`find_adapter`.
 
     Raises CheckpointError, with what is missing (the folder, its config.json, its safetensors files) or what is wrong:
     no JSON object, a damaged header, or a configuration that asks for more than the tensors; and for a loaded model
@@ -43,6 +46,10 @@ def find_checkpoint(
         if base is not None:
             raise UsageError("`base` belongs to the folder of an adapter, and `checkpoint` is in memory, with its base")
         return LoadedCheckpoint.of(source, adapter)
+    if is_checkpoint_file(source):
+        if base is not None or adapter is not None:
+            raise UsageError(f"`base` and `adapter` belong to the folder of an adapter, and {source} is a file")
+        return LoadedCheckpoint.of_file(source)
     folder = locate(source)
     return find_adapter(folder, base, adapter) or whole_model(folder)
 
@@ -57,7 +64,7 @@ def find_tokenizer(source: TokenizerSource) -> AnyTokenizer:
         return LoadedTokenizer(source)
     folder = Path(source)
     there = exists(folder, "tokenizer")
-    if folder.is_file():
+    if folder.is_file() and folder.suffix != PICKLE:  # of which load_tokenizer says more
         raise CheckpointError(f"tokenizer {folder} is a file; give the folder that holds it")
     return folder if there else from_hub(str(source), what="tokenizer", patterns=TOKENIZER_PATTERNS)
 
@@ -73,6 +80,8 @@ def load_tokenizer(folder: AnyTokenizer) -> Any:
 
     CheckpointError if there is none, or if it cannot be loaded.
     """
+    if isinstance(folder, TokenIds):
+        return folder
     if isinstance(folder, LoadedTokenizer):
         with tempfile.TemporaryDirectory(prefix="ghoststore-") as temporary, quiet_transformers():
             folder.save(Path(temporary))
@@ -80,6 +89,11 @@ def load_tokenizer(folder: AnyTokenizer) -> Any:
     with importing():
         from transformers import AutoTokenizer
 
+    if folder.suffix == PICKLE and folder.is_file():
+        raise CheckpointError(
+            f"tokenizer {folder} is a pickle, which can run code when it is read, and is not read; for the characters "
+            "of nanoGPT's meta.pkl docs/nanogpt.md has the lines that save a tokenizer: give its folder"
+        )
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     if not any((folder / name).is_file() for name in names):
         raise CheckpointError(

@@ -164,6 +164,11 @@ class PartEncoder:
         return iter(list(rows)) if self._tokenizer.exceeds else rows
 
     @property
+    def max_length(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.part.manifest["tokens"]["max_length"])
+
+    @property
     def exceeds(self) -> bool:
         """Whether the tokenizer has tokens that the model's embedding lacks."""
         return self._tokenizer.exceeds
@@ -191,6 +196,7 @@ class PartEncoder:
         ``max_samples`` limits how many samples are read. UsageError if no row is usable, and with grouping ``domain``
         for a sample without a domain.
         """
+        corpus.cut_stream(self.max_length)
         sums: dict[str, NDArray[np.float64]] = {}
         counts: Counter[str] = Counter()
         ids: list[str] = []
@@ -364,6 +370,7 @@ def load_for(
         loaded,
         vocabulary=embedding_rows(model),
         of_part=True,
+        takes_ids=tokenizer is not None or part.manifest["source"]["tokenizer"] is not None,
         template_date=part.manifest["tokens"]["template_date"],
     )
 

@@ -76,6 +76,7 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
             text_tokenizer,
             vocabulary=embedding_rows(model),
             note=progress.note,
+            takes_ids=given is not None,
             template_date=corpus.template_date or date_in(out),
         )
         settings = TokenSettings(
@@ -83,6 +84,7 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
             overlong=options.overlong,
             template_date=tokenizer.template_date,
         )
+        corpus.cut_stream(settings.max_length)
         read = _read(corpus, tokenizer, settings, options.max_samples)
         names = None
         if options.parameters == "all" and has_adapter(model):
