@@ -31,7 +31,8 @@ from ghoststore.store.base.names import check_name, safe_name
 from ghoststore.store.base.writable import check_writable
 from ghoststore.store.spans.soundness import refuse_damaged, refuse_damaged_spans
 from indexer.build.kept_fields import checked_names
-from indexer.encode.tokens import TAKEN, Tokenizer, TokenSettings, embedding_rows, longest_row
+from indexer.encode.pairs import tokenizer_for
+from indexer.encode.tokens import TAKEN, Tokenizer, TokenSettings, longest_row
 from indexer.projection.adam import learning_rate_of
 
 DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -109,11 +110,15 @@ def open_inputs(options: BuildOptions, progress: Progress, repaired: Part | None
     with open_corpus(options.data, _fields(options, repaired), progress) as corpus:
         corpus = corpus.keeping(checked_names(options.keep_fields, corpus))
         model = load_model(
-            checkpoint, dtype=options.model_dtype, device=device, attn_implementation=options.attn_implementation
+            checkpoint,
+            dtype=options.model_dtype,
+            device=device,
+            attn_implementation=options.attn_implementation,
+            encoder_decoder=True,
         )
-        tokenizer = Tokenizer(
+        tokenizer = tokenizer_for(
+            model,
             text_tokenizer,
-            vocabulary=embedding_rows(model),
             note=progress.note,
             # The date in the rows that exist, so that a build that continues on another day makes the same tokens.
             takes_ids=given is not None,

@@ -76,6 +76,18 @@ class Row:
     first_target: int
     """The first token that is a target, at least 1. Those before it are the prompt."""
     status: Status
+    source: Tokens | None = None
+    """What an encoder reads; None for a causal model. The tokens are then those of the decoder."""
+
+    @property
+    def length(self) -> int:
+        """Number of tokens that the model reads."""
+        return len(self.tokens) + (0 if self.source is None else len(self.source))
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens that a part records: of an encoder-decoder model the targets."""
+        return len(self.tokens) if self.source is None else max(0, len(self.tokens) - 1)
 
 
 def embedding_rows(model: Any) -> int | None:
