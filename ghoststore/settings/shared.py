@@ -32,7 +32,7 @@ class InMemory(Protocol):
 Data: TypeAlias = str | Path | Sequence[Path] | Sequence[str] | Sequence[Mapping[str, object]] | Sized
 """A path or several; or texts, dictionaries, or a table in memory (`datasets.Dataset`, pandas, Arrow)."""
 Checkpoint: TypeAlias = str | Path | InMemory
-"""A folder in transformers' format or a hub id; or a loaded model."""
+"""A folder in transformers' format, a hub id or nanoGPT's file; or a loaded model."""
 AdapterUse = Literal["only", "merge", "ignore"]
 TokenizerSource: TypeAlias = str | Path | InMemory
 """A folder or a hub id; or a loaded tokenizer."""
@@ -165,7 +165,9 @@ class CheckpointOptions(AdapterOptions, DeviceOption):
     """The options for a checkpoint at which gradients are computed."""
 
     checkpoint: Checkpoint = field(
-        metadata=about("Folder in transformers' format, of a model or a LoRA adapter, or a hub id.", "Model")
+        metadata=about(
+            "Folder in transformers' format, of a model or a LoRA adapter; a hub id; or nanoGPT's ckpt.pt.", "Model"
+        )
     )
     tokenizer: TokenizerSource | None = option(None, "Folder of the tokenizer (default: the checkpoint's).", "Model")
     model_dtype: str = option("float32", "Numbers the model computes with.", "Model", choices=FLOATS)

@@ -31,7 +31,8 @@ from ghoststore.store.base.names import check_name, safe_name
 from ghoststore.store.base.writable import check_writable
 from ghoststore.store.spans.soundness import refuse_damaged, refuse_damaged_spans
 from indexer.build.kept_fields import checked_names
-from indexer.encode.tokens import Tokenizer, TokenSettings, embedding_rows, longest_row
+from indexer.encode.pairs import tokenizer_for
+from indexer.encode.tokens import TAKEN, Tokenizer, TokenSettings, longest_row
 from indexer.projection.adam import learning_rate_of
 
 DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -122,15 +123,24 @@ def open_inputs(
     with open_corpus(options.data, _fields(options, repaired), progress) as corpus:
         corpus = corpus.keeping(checked_names(options.keep_fields, corpus))
         model = load_model(
-            checkpoint, dtype=options.model_dtype, device=device, attn_implementation=options.attn_implementation
+            checkpoint,
+            dtype=options.model_dtype,
+            device=device,
+            attn_implementation=options.attn_implementation,
+            encoder_decoder=True,
         )
-        tokenizer = Tokenizer(
+        tokenizer = tokenizer_for(
+            model,
             text_tokenizer,
-            vocabulary=embedding_rows(model),
             note=progress.note,
             # The date in the rows that exist, so that a build that continues on another day makes the same tokens.
+            takes_ids=given is not None,
             template_date=corpus.template_date if existing is None else existing.manifest["tokens"]["template_date"],
         )
+        max_length = longest_row(model, options.max_length)
+        corpus.cut_stream(max_length)
+        if corpus.nameless and given is not None:
+            progress.note(f"{corpus.source}: {TAKEN}")
         yield BuildInputs(
             options=options,
             checkpoint=checkpoint,
@@ -142,7 +152,7 @@ def open_inputs(
             device=device,
             batch_tokens=options.batch_tokens or DEFAULT_BATCH_TOKENS[torch.device(device).type],
             tokens=TokenSettings(
-                max_length=longest_row(model, options.max_length),
+                max_length=max_length,
                 overlong=options.overlong,
                 template_date=tokenizer.template_date,
             ),

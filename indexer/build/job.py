@@ -24,6 +24,7 @@ from indexer.build.corpus_plan import CorpusPlan, LearningSample, plan_corpus, p
 from indexer.build.inputs import BuildInputs
 from indexer.build.kept_fields import refuse_other_fields
 from indexer.build.model_check import ROWS_LOOKED_AT, ModelCheck
+from indexer.encode.pairs import loss_definition
 from indexer.encode.tokens import Row, rows_of
 from indexer.projection.adam import SideScales, flat, read_scales, scales_digest
 from indexer.projection.matrices import Projection
@@ -71,7 +72,7 @@ class BuildJob:
             },
             "tokens": asdict(self.inputs.tokens),
             "loss": {
-                "definition": "next-token cross-entropy of each sample's own targets",
+                "definition": loss_definition(self.inputs.model),
                 "reduction": options.loss_reduction,
             },
             "projection": {

@@ -44,7 +44,7 @@ from ghoststore.tokens.manifest import (
 )
 from ghoststore.tokens.shards import TokenShards
 from indexer.build.corpus_plan import CorpusPlan, plan_corpus
-from indexer.encode.tokens import Tokenizer
+from indexer.encode.tokens import TAKEN, Tokenizer
 from indexer.tokenize.workers import write_side_by_side
 from indexer.tokenize.writer import WHOLE, ShardJob, ShardWriter
 
@@ -131,11 +131,8 @@ def tokenize_as_of(options: TokenizeOptions, template_date: str | None) -> Token
     text_tokenizer = load_tokenizer(find_tokenizer(options.tokenizer))
     loaded = time.perf_counter()
     with open_corpus(options.data, options.fields or Fields(), progress) as corpus:
-        if corpus.form == "megatron":
-            progress.note(
-                f"{corpus.source}: nothing there says which tokenizer made its ids: the ids are taken for those of the "
-                "tokenizer that is given"
-            )
+        if corpus.nameless:
+            progress.note(f"{corpus.source}: {TAKEN}")
         elif corpus.resolved.kind == "tokens":
             raise UsageError(f"{corpus.source} holds tokens already; give the corpus that they were made of")
         if options.domains:
