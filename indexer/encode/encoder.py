@@ -55,8 +55,10 @@ class RowEncoder:
         """Whether rows of different lengths share a batch of :func:`encode_rows`."""
         self.reduction: Reduction = reduction
         # No check here: a build checks the model before its first row (indexer.build.model_check).
-        self.engine = GradProjLoraEngine(model, projection=projection, check=False)
-        self.beside = None if beside is None else GradProjLoraEngine(model, projection=beside, check=False)
+        self.engine = GradProjLoraEngine(model, projection=projection, check=False, find_uses=True)
+        self.beside = (
+            None if beside is None else GradProjLoraEngine(model, projection=beside, check=False, find_uses=True)
+        )
         """Of a second projection, whose vectors stand behind those of the first."""
         self.device = next(model.parameters()).device
         self._extra = forward_options(self.engine.model)

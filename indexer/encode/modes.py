@@ -91,6 +91,12 @@ def uncompiled() -> AbstractContextManager[Any]:
     return stance
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``model`` was compiled, or a module of it in place."""
+    modules = list(model.modules())
+    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in modules)
+
+
 def outside_graphs(handle: RemovableHandle) -> RemovableHandle:
     """``handle``, whose hook of a model itself torch.compile shall neither look into nor leave out.
 

@@ -163,6 +163,24 @@ class Witness:
         return shares
 
 
+def mixed_blocks(
+    names: Sequence[str], losses_B: Tensor, leaves: Sequence[Tensor], blocks: Sequence[Tensor | None]
+) -> dict[str, str]:
+    """As :meth:`Witness.problems`, from the ``blocks`` (B, K, J) that the losses gave at ``leaves``: reweighted losses
+    go backward once more. The graph is freed; ``names`` are those of the first leaves.
+    """
+    weights_B = sample_weights(len(losses_B), 8).to(losses_B.device)
+    again = torch.autograd.grad(losses_B, leaves, weights_B.to(losses_B.dtype), allow_unused=True)
+    problems = {}
+    for name, plain, weighted in zip(names, blocks, again, strict=False):
+        if plain is None or weighted is None or not bool(plain.isfinite().all()):
+            continue
+        share = _foreign_share(plain.flatten(1), weighted.flatten(1), weights_B)
+        if share > NARROW_TOLERANCE:
+            problems[name] = f"{_REACHES} ({share:.2g} of a row)"
+    return problems
+
+
 def _foreign_share(plain_BS: Tensor, weighted_BS: Tensor, weights_B: Tensor) -> float:
     plain_BS, scaled_BS = plain_BS.double(), weighted_BS.double() / weights_B.double().unsqueeze(1)
     error_B = (scaled_BS - plain_BS).norm(dim=1)
