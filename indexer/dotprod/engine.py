@@ -45,7 +45,7 @@ from indexer.encode.modes import is_compiled, settle_hooks, uncompiled, without_
 from indexer.encode.tap import tapped
 from indexer.encode.uses import CallWindows, refuse_hidden
 from indexer.layers import LayerType
-from indexer.layers.base import input_of
+from indexer.layers.base import input_of, refuse_counted
 from indexer.projection.matrices import Projection
 
 
@@ -417,6 +417,8 @@ class GradDotProdEngine(ValSide):
             if not torch.is_grad_enabled():
                 return None
             seen = kind.seen(module, args, kwargs, y, self._size, name)
+            if not self._check:
+                refuse_counted(seen, name)
             if not seen.requires_grad:
                 return None
             self._narrow |= seen.dtype in (torch.float16, torch.bfloat16)

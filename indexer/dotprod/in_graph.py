@@ -48,6 +48,9 @@ class InGraph:
         """In a graph that is being made: the output of a layer through tap ``key``; None without an open batch."""
         if not self.open or not torch.is_grad_enabled() or not y.requires_grad:
             return None
+        if kind.is_lookup and x.dim() == 1 and self.size == 1:
+            alone: Tensor = tapped(y.unsqueeze(0), x.unsqueeze(0), key)[0]
+            return alone.squeeze(0)
         if kind.is_lookup and (x.dim() == 1 or (x.dim() == 2 and x.shape[0] == 1 and self.size != 1)):
             # As by_sample does; that an index of one axis is of positions, the checks outside the graph have seen.
             x = x.reshape(1, -1).expand(self.size, -1)

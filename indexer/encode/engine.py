@@ -24,6 +24,7 @@ from indexer.encode.forward_probe import ABSENT, CallKeeper, CannotRun, stranger
 from indexer.encode.modes import is_compiled, without_autocast
 from indexer.encode.sample_axis import Witness, mixed_blocks, refuse_mixed, unsupported
 from indexer.encode.uses import FrozenInCalls, parameters_by_module, refuse_hidden
+from indexer.layers.base import refuse_counted
 from indexer.projection.blocks import Use
 from indexer.projection.matrices import Projection
 from indexer.projection.plan import BlockPlan
@@ -119,6 +120,8 @@ class GradProjLoraEngine:
         self._ran: set[str] = set()
         self._tests_left = TESTED_BATCHES if check else 0
         self._checks = check
+        self._trusting = not check and not find_uses
+        """Whether nobody has checked, or checks, what the layers see."""
         self._find_uses = check if find_uses is None else find_uses
         self._uses: FrozenInCalls | None = None
         self._batches = 0
@@ -418,6 +421,8 @@ class GradProjLoraEngine:
                 problem = layer_type.output_problem(module, args, kwargs, y)
                 refuse_mixed({} if problem is None else {use.module: problem}, len(self._handles))
             seen = layer_type.seen(module, args, kwargs, y, self._batch, use.module)
+            if self._trusting:
+                refuse_counted(seen, use.module)
             with torch.no_grad(), without_autocast(seen.device.type):
                 saved = layer_type.keep(module, seen.x, sides, seen.dtype)
             self._ran.add(use.module)
