@@ -19,9 +19,10 @@ from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.activations import lean_activations
 from indexer.encode.autograd_probe import AutogradBlocks, differing, unlike
 from indexer.encode.branch import SideBranch
+from indexer.encode.expanded import Expanded
 from indexer.encode.flat_rows import FlatRows
 from indexer.encode.forward_probe import ABSENT, CallKeeper, CannotRun, strangers
-from indexer.encode.modes import is_compiled, without_autocast
+from indexer.encode.modes import is_compiled, refuse_randomness, without_autocast
 from indexer.encode.sample_axis import Witness, mixed_blocks, refuse_mixed, unsupported
 from indexer.encode.uses import FrozenInCalls, parameters_by_module, refuse_hidden
 from indexer.layers.base import refuse_counted
@@ -47,30 +48,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     inner = getattr(model, "_orig_mod", model)
     assert isinstance(inner, nn.Module)
     return inner
-
-
-def refuse_randomness(model: nn.Module) -> None:
-    """UsageError if a forward pass of ``model`` is random or mixes the samples of a batch.
-
-    It finds dropout modules in training mode, modules in training mode with a positive attribute whose name contains
-    "dropout" (the attention of transformers), and batch norms that use the batch's statistics.
-    """
-    for name, module in model.named_modules():
-        where = name or type(model).__name__
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
-            raise UsageError(
-                f"{where} is a {type(module).__name__} that mixes the samples of a batch; call model.eval()"
-            )
-        if not module.training:
-            continue
-        rates = {"p": module.p} if isinstance(module, nn.modules.dropout._DropoutNd) else vars(module)
-        for attribute, value in rates.items():
-            named = attribute == "p" or "dropout" in attribute
-            if named and isinstance(value, float) and value > 0.0:
-                raise UsageError(
-                    f"{where} ({type(module).__name__}) is in training mode with {attribute}={value}: gradients would "
-                    "be random; call model.eval()"
-                )
 
 
 class GradProjLoraEngine:
@@ -118,9 +95,10 @@ class GradProjLoraEngine:
         self._lean = ExitStack()
         self._flags: list[tuple[nn.Parameter, bool]] = []
         self._ran: set[str] = set()
+        self._expanded = Expanded()
         self._tests_left = TESTED_BATCHES if check else 0
         self._checks = check
-        self._trusting = not check and not find_uses
+        self._trusting = not check and find_uses is None
         """Whether nobody has checked, or checks, what the layers see."""
         self._find_uses = check if find_uses is None else find_uses
         self._uses: FrozenInCalls | None = None
@@ -158,6 +136,8 @@ class GradProjLoraEngine:
             if self._checks:
                 self._keeper = CallKeeper(self._given)
             self._lean.enter_context(lean_activations(self.model))
+            if not is_compiled(self._given):
+                self._lean.enter_context(self._expanded.named(self.model))
             for parameter, _ in self._flags:
                 parameter.requires_grad_(False)
             if self._find_uses and not is_compiled(self._given):
@@ -197,7 +177,7 @@ class GradProjLoraEngine:
         device = next(self.model.parameters()).device
         self._batch = batch_size
         self._batches += 1
-        self._ran = set()
+        self._ran, self._expanded.names = set(), set()
         self._flat_rows.begin()
         sampled = self._checks and _is_power(self._batches)
         self._compare |= sampled
@@ -426,6 +406,8 @@ class GradProjLoraEngine:
             with torch.no_grad(), without_autocast(seen.device.type):
                 saved = layer_type.keep(module, seen.x, sides, seen.dtype)
             self._ran.add(use.module)
+            if seen.expanded:
+                self._expanded.names.add(use.module)
             self._flat_rows.saw(use.module, seen, self._batch)
             self._narrow |= seen.dtype in (torch.float16, torch.bfloat16)
             outputs: tuple[Tensor, ...] = SideBranch.apply(  # type: ignore[no-untyped-call]

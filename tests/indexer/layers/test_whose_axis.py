@@ -237,3 +237,36 @@ def test_a_hook_that_changes_the_arguments_of_a_module(*, kwargs: bool) -> None:
         engine.prepare(3)
         vectors = engine.collect(sum_of_squares(model, x))
     assert relative_error(vectors, naive(model, engine.projection, 3, loss).vectors) < 1e-5
+
+
+class CountsAxes(nn.Module):
+    """Cannot use positions that have a row for each sample: it counts their axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place, self.last = nn.Embedding(20, D), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = self.place(torch.arange(x.shape[1]))
+        y: Tensor = self.last(torch.tanh(x * places[None, None].permute(0, 1, 2, 3)[0]))
+        return y
+
+
+@pytest.mark.parametrize("check_it", [False, True])
+def test_an_error_of_the_models_own_names_the_layer(*, check_it: bool) -> None:
+    model, x = CountsAxes().eval(), drawn(3, 4)
+    with GradProjLoraEngine(model, ALL, check=check_it) as engine:
+        engine.prepare(3)
+        with pytest.raises(CaptureError, match=r"one row for each there.*`exclude_layers`\): place$") as caught:
+            model(x)
+    scores = GradDotProdEngine(model, x, val_losses=sum_of_squares)
+    with scores, pytest.raises(CaptureError, match=r"one row for each there.*`exclude_layers`\): place$"):
+        scores.refresh()
+    assert "forward" not in vars(model)
+    assert caught.value.unsupported == ("place",)
+    config = ProjectionConfig(layers=("all",), rank_total="full", exclude_layers=caught.value.unsupported)
+    with GradProjLoraEngine(model, config, check=check_it) as engine:
+        engine.prepare(3)
+        vectors = engine.collect(sum_of_squares(model, x))
+    exact = naive(model, engine.projection, 3, lambda m, i: sum_of_squares(m, x[i : i + 1]).sum()).vectors
+    assert relative_error(vectors, exact) < 1e-5
