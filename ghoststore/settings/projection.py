@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from ghoststore.errors import UsageError
-from ghoststore.settings.option import check_at_least, check_choices, option
+from ghoststore.settings.option import check_at_least, check_choices, check_own_types, option
 
 Compress = int | Literal["auto", "none"]
 CompressBy = Literal["auto", "layer", "all"]
@@ -112,6 +112,7 @@ class ProjectionConfig:
     )
 
     def __post_init__(self) -> None:
+        check_own_types(self)
         check_choices(self)
         if not 0 < self.damping < math.inf:
             raise UsageError(f"`damping` must be above 0, not {self.damping}")
