@@ -147,12 +147,11 @@ def check_types(kind: type, values: Mapping[str, Any]) -> None:
         known = all(member in _KINDS or member in _WORDS or get_origin(member) is Literal for member in members)
         if spec.name not in values or not known or value is spec.default or any(_fits(value, m) for m in members):
             continue
-        optional = type(None) in get_args(spec.type)
-        if value is None and optional:
+        if value is None and type(None) in get_args(spec.type):
             continue
-        named = list(dict.fromkeys([*map(_called, members), *(["None"] if optional else [])]))
+        named = " or ".join(dict.fromkeys(map(_called, members)))
         advice = "; leave it out for the default" if value is None and spec.default is not MISSING else ""
-        raise UsageError(f"`{spec.name}` must be {' or '.join(named)}, not {value!r:.80}{advice}")
+        raise UsageError(f"`{spec.name}` is {named}, not {value!r:.80}{advice}")
 
 
 def check_own_types(options: Any) -> None:

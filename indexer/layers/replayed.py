@@ -55,12 +55,15 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def _samples_in(value: Any, batch: int) -> Tensor | None:
-    """The tensor of the arguments that shows the samples: the first of which ``batch`` are on the first axis, else the
-    first that may have them and positions there. None where all are of positions, or there is none: the module runs
-    once for all samples.
+    """The first tensor of the arguments that may have ``batch`` samples on its first axis, apart from positions or with
+    them: rather one with an axis more and this length (a table of positions may come first), and no weight. None where
+    all are of positions, or there is none: the module runs once for all samples.
     """
     may = [x for x in tensors_in(value) if x.dim() and (len(x) > 1 or batch == 1) and not _counts_up(x)]
-    return next((x for x in may if len(x) == batch), may[0] if may else None)
+    may = [x for x in may if not isinstance(x, nn.Parameter)] or may
+    if not may or len(may[0]) == batch:
+        return may[0] if may else None
+    return next((x for x in may if len(x) == batch and x.dim() > may[0].dim()), may[0])
 
 
 def _counts_up(x: Tensor) -> bool:

@@ -270,3 +270,26 @@ def test_an_error_of_the_models_own_names_the_layer(*, check_it: bool) -> None:
         vectors = engine.collect(sum_of_squares(model, x))
     exact = naive(model, engine.projection, 3, lambda m, i: sum_of_squares(m, x[i : i + 1]).sum()).vectors
     assert relative_error(vectors, exact) < 1e-5
+
+
+class Gate(nn.Module):
+    """Takes samples and positions on one axis, and as many numbers as there are samples by accident."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, D))
+
+    def forward(self, flat: Tensor, bias: Tensor) -> Tensor:
+        return (flat @ self.w.t() + bias).softmax(-1) @ self.w
+
+
+@pytest.mark.parametrize("weight", [False, True])
+def test_a_bias_as_long_as_the_batch_beside_samples_and_positions_on_one_axis(*, weight: bool) -> None:
+    bias = nn.Parameter(TABLE[0, :3].clone(), requires_grad=False) if weight else TABLE[0, :3]
+    model = Around(Gate(), lambda layer, x: layer(x.flatten(0, 1), bias).view_as(x)).eval()
+    x = drawn(3, 4)
+    with GradProjLoraEngine(model, ALL) as engine:
+        engine.prepare(3)
+        vectors = engine.collect(sum_of_squares(model, x))
+    exact = naive(model, engine.projection, 3, lambda m, i: sum_of_squares(m, x[i : i + 1]).sum()).vectors
+    assert relative_error(vectors, exact) < 1e-5
