@@ -81,7 +81,7 @@ class ProjectionConfig:
         choices=KINDS,
         shortcut=("--proj-row-orthonormal", "orthonormal"),
     )
-    compress: Compress = option(
+    compress: Compress | None = option(
         "auto",
         "Sketch the whole vector to K numbers; auto: 256 bytes a layer (64 numbers of float32, 2,048 of onebit).",
         "Projection",
