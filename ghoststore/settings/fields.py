@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from ghoststore.errors import UsageError
-from ghoststore.settings.option import check_at_least, option
+from ghoststore.settings.option import check_at_least, check_own_types, option
 
 ContentKind: TypeAlias = Literal["text", "prompt-completion", "messages", "chat-completion", "tokens"]
 IdsDtype: TypeAlias = Literal["uint16", "uint32"]
@@ -109,6 +109,7 @@ class Fields:
     )
 
     def __post_init__(self) -> None:
+        check_own_types(self)
         check_at_least(1, **{"fields.max_record_bytes": self.max_record_bytes})
         if self.max_record_bytes > MOST_RECORD_BYTES:
             raise UsageError(

@@ -161,9 +161,8 @@ class ModelCheck:
 
     def _vectors(self, projection: Projection, batches: Sequence[Sequence[Row]]) -> Tensor:
         """(B, D): the engine's vectors of all rows of ``batches``."""
-        with RowEncoder(
-            self._model, projection, reduction=self._reduction, checkpointing=self._checkpointing
-        ) as encoder:
+        settings: dict[str, Any] = {"reduction": self._reduction, "checkpointing": self._checkpointing}
+        with RowEncoder(self._model, projection, find_uses=False, **settings) as encoder:
             return torch.cat([encoder(rows).vectors for rows in batches])
 
     def _pads_in_small(self, projection: Projection) -> bool:

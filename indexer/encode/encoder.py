@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from ghoststore.errors import UsageError
 from ghoststore.progress import Task
 from indexer.encode.batching import batches_of
-from indexer.encode.engine import GradProjLoraEngine, refuse_randomness
+from indexer.encode.engine import GradProjLoraEngine
 from indexer.encode.losses import IGNORED, Reduction, next_token_losses
-from indexer.encode.modes import forward_options
+from indexer.encode.modes import forward_options, refuse_randomness
 from indexer.encode.tokens import Row
 from indexer.projection.matrices import Projection
 
@@ -49,14 +49,18 @@ class RowEncoder:
         checkpointing: bool = False,
         padding: bool = True,
         beside: Projection | None = None,
+        find_uses: bool = True,
     ) -> None:
+        """``find_uses=False`` is for those who compare the vectors with autograd themselves."""
         self.model = model
         self.padding = padding
         """Whether rows of different lengths share a batch of :func:`encode_rows`."""
         self.reduction: Reduction = reduction
         # No check here: a build checks the model before its first row (indexer.build.model_check).
-        self.engine = GradProjLoraEngine(model, projection=projection, check=False)
-        self.beside = None if beside is None else GradProjLoraEngine(model, projection=beside, check=False)
+        self.engine = GradProjLoraEngine(model, projection=projection, check=False, find_uses=find_uses)
+        self.beside = (
+            None if beside is None else GradProjLoraEngine(model, projection=beside, check=False, find_uses=find_uses)
+        )
         """Of a second projection, whose vectors stand behind those of the first."""
         self.device = next(model.parameters()).device
         self._extra = forward_options(self.engine.model)

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from ghoststore.errors import UsageError
 from indexer.encode.encoder import inputs_of
-from indexer.encode.engine import refuse_randomness
 from indexer.encode.losses import Reduction, next_token_losses
-from indexer.encode.modes import forward_options
+from indexer.encode.modes import forward_options, refuse_randomness
 from indexer.encode.tokens import Row
 
 

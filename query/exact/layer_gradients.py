@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from ghoststore.progress import Task
 from indexer.encode.batching import batches_of
 from indexer.encode.encoder import inputs_of
-from indexer.encode.engine import refuse_randomness
 from indexer.encode.losses import Reduction, next_token_losses
-from indexer.encode.modes import forward_options, without_autocast
+from indexer.encode.modes import forward_options, refuse_randomness, without_autocast
 from indexer.encode.tap import tapped
 from indexer.encode.tokens import Row
 from indexer.layers import Axis, LayerType, Sides
