@@ -109,7 +109,7 @@ class Fields:
     )
 
     def __post_init__(self) -> None:
-        check_own_types(self)
+        check_own_types(self, "fields.")
         check_at_least(1, **{"fields.max_record_bytes": self.max_record_bytes})
         if self.max_record_bytes > MOST_RECORD_BYTES:
             raise UsageError(

@@ -138,9 +138,9 @@ def _called(member: Any) -> str:
     return "a word" if get_origin(member) is Literal else _KINDS[member][1]
 
 
-def check_types(kind: type, values: Mapping[str, Any]) -> None:
+def check_types(kind: type, values: Mapping[str, Any], within: str = "") -> None:
     """UsageError for a value of another type than that of its field in ``kind``. Fields of other types than words,
-    numbers, paths and lists of words are not looked at.
+    numbers, paths and lists of words are not looked at. ``within`` begins their names in messages.
     """
     for spec in fields(kind):
         members, value = members_of(spec.type), values.get(spec.name)
@@ -151,12 +151,12 @@ def check_types(kind: type, values: Mapping[str, Any]) -> None:
             continue
         named = " or ".join(dict.fromkeys(map(_called, members)))
         advice = "; leave it out for the default" if value is None and spec.default is not MISSING else ""
-        raise UsageError(f"`{spec.name}` is {named}, not {value!r:.80}{advice}")
+        raise UsageError(f"`{within}{spec.name}` is {named}, not {value!r:.80}{advice}")
 
 
-def check_own_types(options: Any) -> None:
+def check_own_types(options: Any, within: str = "") -> None:
     """UsageError for a value of ``options`` of another type than that of its field; see :func:`check_types`."""
-    check_types(type(options), {spec.name: getattr(options, spec.name) for spec in fields(options)})
+    check_types(type(options), {spec.name: getattr(options, spec.name) for spec in fields(options)}, within)
 
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")

@@ -314,7 +314,7 @@ PATHS: dict[str, Any] = {"store": "no store", "checkpoint": "no model", "data": 
         (lambda: query(store="no store", val_set="x", combine=3), "`combine` is a word, not 3"),
         (lambda: ProjectionConfig(layers="mlp"), "`layers` is a list of words, not 'mlp'"),  # type: ignore[arg-type]
         (lambda: ProjectionConfig(seed="1"), "`seed` is a whole number, not '1'"),  # type: ignore[arg-type]
-        (lambda: Fields(text=1), "`text` is a word, not 1"),  # type: ignore[arg-type]
+        (lambda: Fields(text=1), "`fields.text` is a word, not 1"),  # type: ignore[arg-type]
     ],
 )
 def test_a_value_of_another_type(call: Callable[[], Any], message: str) -> None:
