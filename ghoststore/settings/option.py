@@ -163,13 +163,29 @@ _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """The beginning of an address. There is only one slash, because a Path drops the second."""
 
 
+_OBJECTS = re.compile(r"(s3|gs|az):/")
+STORES = ("store", "to_store")
+"""The options whose value may be in object storage."""
+
+
 def refuse_remote(name: str, value: Any) -> None:
-    """UsageError for an address (s3://, gs://, https://, …), which would be taken for a local folder."""
-    if isinstance(value, str | Path) and _REMOTE.match(str(value)):
-        raise UsageError(
-            f"`{name}={value}` is no local path: stores, corpora, checkpoints and results live in local folders and "
-            "files so far. Give a path, of a mounted bucket for instance"
-        )
+    """UsageError for an address (s3://, gs://, https://, …), which would be taken for a local folder.
+
+    A store may be in object storage.
+    """
+    if not isinstance(value, str | Path) or not _REMOTE.match(str(value)):
+        return
+    if name in STORES:
+        if not _OBJECTS.match(str(value)):
+            raise UsageError(
+                f"`{name}={value}` is no place for a store: a store is a local folder, or s3://BUCKET/PREFIX, "
+                "gs://BUCKET/PREFIX or az://CONTAINER/PREFIX"
+            )
+        return
+    raise UsageError(
+        f"`{name}={value}` is no local path: corpora, checkpoints and results live in local folders and files so far, "
+        "only a store may be in object storage. Give a path, of a mounted bucket for instance"
+    )
 
 
 def check_local(options: Any) -> None:

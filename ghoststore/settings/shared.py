@@ -62,7 +62,7 @@ def is_stdin(data: Data | None) -> bool:
 
 DOMAINS = "Only samples of this domain; repeatable."
 FIRST_SAMPLES = "Only the first samples of the corpus."
-STORE = "The store: a directory."
+STORE = "The store: a directory, or in object storage (s3://BUCKET/PREFIX, gs://, az://)."
 FIRST_VAL_SAMPLES = "Only the first samples of the val set."
 LOSS_REDUCTION = "A sample's loss over its own targets."
 OVERLONG = "What to do with longer samples; window: one row for each window."

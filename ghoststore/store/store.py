@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ghoststore.errors import CorruptError, UsageError
-from ghoststore.settings.option import refuse_remote
+from ghoststore.errors import CorruptError, StorageError, UsageError
 from ghoststore.store.base.disk import UNFINISHED, flush, publish_group, storage_errors
 from ghoststore.store.base.manifest import PART, RUN, Kind, check_format
 from ghoststore.store.base.names import FORMAT_VERSION, check_name, is_name
+from ghoststore.store.base.object_folders import unfinished_folder
+from ghoststore.store.base.object_path import ObjectPath, location
 from ghoststore.store.part.part import Part
 from ghoststore.store.run.run import Run
 from ghoststore.store.spans.group import read_attributes
@@ -40,7 +41,7 @@ class Store:
         UsageError if there is none, MismatchError for another format version, CorruptError if its
         metadata are damaged.
         """
-        folder = Path(path)
+        folder = location(path)
         try:
             attributes = read_attributes(folder, "store")
         except (UsageError, CorruptError) as error:
@@ -53,7 +54,7 @@ class Store:
     @classmethod
     def examined(cls, path: str | Path) -> Store:
         """As :meth:`open`, but a store with a part or a run may lack its own ``zarr.json``."""
-        folder = Path(path)
+        folder = location(path)
         try:
             return cls.open(folder)
         except CorruptError:
@@ -67,7 +68,7 @@ class Store:
 
         A creation that was interrupted is completed.
         """
-        folder = Path(path)
+        folder = location(path)
         cls.refuse_others(folder)
         if not (folder / ROOT).exists():
             with storage_errors(str(folder)):
@@ -81,7 +82,6 @@ class Store:
     @staticmethod
     def refuse_others(folder: Path) -> None:
         """UsageError if :meth:`create` would touch something that is not a store."""
-        refuse_remote("store", folder)
         if (folder / ROOT).exists() or not folder.exists():
             return
         if holds_anything(folder):
@@ -167,6 +167,11 @@ def _folders(path: Path) -> list[str]:
     try:
         if not path.is_dir():
             return []
-        return sorted(p.name for p in path.iterdir() if is_name(p.name) and p.is_dir())
+        names = sorted(p.name for p in path.iterdir() if is_name(p.name) and p.is_dir())
+        if isinstance(path, ObjectPath):  # a folder that is being made has its names already
+            return [name for name in names if not unfinished_folder(path / name)]
+        return names
+    except StorageError:
+        raise
     except OSError as error:
         raise CorruptError(f"{path} cannot be read: {error.strerror}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from ghoststore.settings.keywords import takes
 from ghoststore.store import Part, Store
 from ghoststore.store.base.manifest import refuse_differences
 from ghoststore.store.base.own import remember
+from ghoststore.store.base.writable import may_write
 from ghoststore.store.info import describe
 from ghoststore.store.part.part import create_part, span_table
 from ghoststore.store.spans.writer import writing
@@ -109,7 +109,7 @@ def opened(
         if problem := remember(part.manifest, job.manifest["source"], part.path):
             progress.note(problem)
         # A complete part in a folder without write access is only read: there is nothing to write.
-        if not part.complete or os.access(part.path, os.W_OK):
+        if not part.complete or may_write(part.path):
             stack.enter_context(writing(part, shared=share is not None))
         yield job, Part(part.path)  # opened again: another process may have written until the lock was ours
 

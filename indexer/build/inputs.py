@@ -28,6 +28,7 @@ from ghoststore.settings.build import BuildOptions
 from ghoststore.software import versions_of
 from ghoststore.store import Manifest, Part, Store
 from ghoststore.store.base.names import check_name, safe_name
+from ghoststore.store.base.object_path import location
 from ghoststore.store.base.writable import check_writable
 from ghoststore.store.spans.soundness import refuse_damaged, refuse_damaged_spans
 from indexer.build.kept_fields import checked_names
@@ -114,12 +115,12 @@ def open_inputs(
     given = options.tokenizer
     text_tokenizer = load_tokenizer(checkpoint.tokenizer_folder if given is None else given_tokenizer(given))
     name = check_name(options.name) if options.name else safe_name(checkpoint.name, part_word(options.data))
-    Store.refuse_others(Path(options.store))
+    Store.refuse_others(location(options.store))
     existing = repaired or existing_part(options.store, name, progress, checked)
     if existing is not None:
         refuse_incomplete(existing)
     if not options.dry_run and not (existing is not None and existing.complete):
-        check_writable(Path(options.store) / "parts" if existing is None else existing.path)
+        check_writable(location(options.store) / "parts" if existing is None else existing.path)
     with open_corpus(options.data, _fields(options, repaired), progress) as corpus:
         corpus = corpus.keeping(checked_names(options.keep_fields, corpus))
         model = load_model(
@@ -172,7 +173,7 @@ def existing_part(
     """The part called ``name``, or None. CorruptError naming what is damaged: every committed span is read, which is
     little beside what a build computes; with ``checked`` those that it names, see :func:`open_inputs`.
     """
-    if not (Path(store) / "zarr.json").exists():
+    if not (location(store) / "zarr.json").exists():
         return None
     opened_store = Store.open(store)
     if name not in opened_store.part_names():
