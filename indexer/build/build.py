@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ghoststore.errors import MismatchError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.build import AUTO, BuildOptions
 from ghoststore.settings.keywords import takes
@@ -104,14 +105,23 @@ def opened(
             beginning = stack.enter_context(begin(Store.create(options.store), name, progress))
         inputs = stack.enter_context(open_inputs(options, progress, checked=share))
         job = plan_job(inputs, progress, joining=share is not None)
-        part = _open_part(Store.create(options.store), job, progress)
-        beginning.close()
-        if problem := remember(part.manifest, job.manifest["source"], part.path):
-            progress.note(problem)
-        # A complete part in a folder without write access is only read: there is nothing to write.
-        if not part.complete or may_write(part.path):
-            stack.enter_context(writing(part, shared=share is not None))
-        yield job, Part(part.path)  # opened again: another process may have written until the lock was ours
+        try:
+            part = _open_part(Store.create(options.store), job, progress)
+        except MismatchError:
+            if share is None or inputs.existing is not None:
+                raise
+            part = None  # another made the part meanwhile, and may have learned other last bits: its own are taken
+        if part is not None:
+            beginning.close()
+            if problem := remember(part.manifest, job.manifest["source"], part.path):
+                progress.note(problem)
+            # A complete part in a folder without write access is only read: there is nothing to write.
+            if not part.complete or may_write(part.path):
+                stack.enter_context(writing(part, shared=share is not None))
+            yield job, Part(part.path)  # opened again: another process may have written until the lock was ours
+            return
+    with opened(options, progress, share) as job_and_part:
+        yield job_and_part
 
 
 def _open_part(store: Store, job: BuildJob, progress: Progress) -> Part:

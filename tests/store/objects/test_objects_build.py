@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,9 @@ import pytest
 
 import ghoststore
 from ghoststore.errors import BusyError, StorageError
+from ghoststore.processes import this_process
 from ghoststore.store import Store
+from ghoststore.store.base.object_path import location
 from ghoststore.store.base.objects import objects_of
 from ghoststore.store.spans.commits import read_commit
 from ghoststore.store.spans.writer import SpanData, write_span
@@ -164,3 +167,17 @@ def test_several_requests_are_under_way(bucket: Bucket) -> None:
     bucket.server.delay = 0.02
     make_part("s3://bucket/several", clustered())  # type: ignore[arg-type]
     assert bucket.server.most_at_once > 4
+
+
+def test_workers(bucket: Bucket) -> None:
+    """One begins the part, and learns; what a worker that died had claimed is free."""
+    part = location("s3://bucket/workers/parts/part")
+    claim = part.with_name(".part.begin.tmp")
+    ended = {**this_process(), "pid": 2**22 + 1}  # beyond the largest id of a process
+    claim.write_bytes(json.dumps(ended).encode())
+    words = ["build", "--store", "s3://bucket/workers", "--checkpoint", bucket.lab.checkpoint, "--json", "--quiet"]
+    words += ["--data", bucket.lab.corpus, "--span-rows", "6", "--name", "part", "--worker"]
+    outcomes = [bucket.lab.wait(pid) for pid in [bucket.lab.start(*words, f"{number}/2") for number in (1, 2)]]
+    assert [outcome.code for outcome in outcomes] == [0, 0], [outcome.err for outcome in outcomes]
+    assert sum(outcome.json["seconds"]["learning"] > 0 for outcome in outcomes) == 1
+    assert bucket.tree("workers") == bucket.whole
