@@ -24,7 +24,7 @@ def _is_of_creation(entry: Path) -> bool:
     """Whether ``entry`` is one that the creation of a store makes before the store's own ``zarr.json``."""
     if UNFINISHED.fullmatch(entry.name):
         return True
-    files = list(entry.iterdir()) if entry.name in ("parts", "runs") and entry.is_dir() else [entry]
+    files = _entries(entry) if entry.name in ("parts", "runs") and entry.is_dir() else [entry]
     return all(file.name == "zarr.json" or UNFINISHED.fullmatch(file.name) is not None for file in files)
 
 
@@ -86,7 +86,9 @@ class Store:
             return
         if holds_anything(folder):
             raise _without_root(folder)
-        if not folder.is_dir() or not all(_is_of_creation(entry) for entry in folder.iterdir()):
+        if not (isinstance(folder, ObjectPath) or folder.is_dir()) or not all(
+            _is_of_creation(entry) for entry in _entries(folder)
+        ):
             raise UsageError(f"{folder} exists and is not a store; give `store` another path, or empty it")
 
     def part_path(self, name: str) -> Path:
@@ -163,11 +165,19 @@ def _without_root(folder: Path) -> CorruptError:
     )
 
 
+def _entries(folder: Path) -> list[Path]:
+    """What is in ``folder``; nothing if the last object in it was removed just now."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
 def _folders(path: Path) -> list[str]:
     try:
         if not path.is_dir():
             return []
-        names = sorted(p.name for p in path.iterdir() if is_name(p.name) and p.is_dir())
+        names = sorted(p.name for p in _entries(path) if is_name(p.name) and p.is_dir())
         if isinstance(path, ObjectPath):  # a folder that is being made has its names already
             return [name for name in names if not unfinished_folder(path / name)]
         return names

@@ -17,13 +17,18 @@ from io import RawIOBase
 from pathlib import Path, PosixPath
 from typing import Any
 
-from ghoststore.errors import StorageError, UsageError
+from ghoststore.errors import GhostStoreError, StorageError, UsageError
 from ghoststore.settings.option import refuse_remote
 from ghoststore.store.base.objects import IN_FLIGHT, SCHEMES, Found, Objects, objects_of
 
 _ADDRESS = re.compile(rf"({'|'.join(SCHEMES)}):/{{1,2}}(.*)", re.DOTALL)
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
-_TRIES = 4
+
+
+class NoFileError(GhostStoreError, TypeError):
+    """Something was to be done with an object that takes a file of this machine (exit code 2)."""
+
+    exit_code = 2
 
 
 class ObjectPath(PosixPath):
@@ -37,7 +42,8 @@ class ObjectPath(PosixPath):
         return f"{scheme}://{rest}" if separator else scheme
 
     def __fspath__(self) -> str:
-        raise UsageError(f"{self} is in object storage, and this cannot be done there: it takes files of this machine")
+        # No ValueError, which os.path.exists would take for "no".
+        raise NoFileError(f"{self} is in object storage, and this cannot be done there: it takes files of this machine")
 
     @property
     def objects(self) -> Objects:
@@ -157,7 +163,7 @@ class ObjectPath(PosixPath):
 class ObjectFile(RawIOBase):
     """An object, open for reading: one request, and another after each :meth:`seek`.
 
-    An answer that breaks off is continued where it ended. FileNotFoundError if there is no such object.
+    The library continues an answer that breaks off where it ended. FileNotFoundError if there is no such object.
     """
 
     def __init__(self, path: ObjectPath) -> None:
@@ -197,23 +203,23 @@ class ObjectFile(RawIOBase):
         view = memoryview(buffer).cast("B")
         if not len(view) or self._position >= self.size:
             return 0
-        tries = 0
         while not len(self._rest):
-            try:
-                if self._pieces is None:
-                    self._request()
-                assert self._pieces is not None
-                self._rest = memoryview(next(self._pieces)).cast("B")
-            except (StorageError, StopIteration) as error:  # broken off
-                tries, self._pieces = tries + 1, None
-                if tries == _TRIES:
-                    if isinstance(error, StorageError):
-                        raise
-                    raise StorageError(f"cannot read {self.path}: the answer ends at byte {self._position}") from None
+            if self._pieces is None:
+                self._request()
+            assert self._pieces is not None
+            self._rest = memoryview(next(self._pieces, b"")).cast("B")
+            if not len(self._rest):
+                raise StorageError(f"cannot read {self.path}: the answer ends at byte {self._position}")
         count = min(len(view), len(self._rest))
         view[:count], self._rest = self._rest[:count], self._rest[count:]
         self._position += count
         return count
+
+
+def piece(path: ObjectPath, start: int, stop: int) -> bytes:
+    """Bytes ``start`` to ``stop`` of an object; fewer if it ends before."""
+    _, pieces = path.objects.get(path.key, start, stop)
+    return b"".join(bytes(part) for part in pieces)
 
 
 def beginning(path: ObjectPath, count: int) -> tuple[int, bytes]:

@@ -17,7 +17,7 @@ from ghoststore.store.base.objects import objects_of
 from ghoststore.store.spans.commits import read_commit
 from ghoststore.store.spans.writer import SpanData, write_span
 from tests.support.made_parts import clustered, make_part
-from tests.support.object_server import first
+from tests.support.object_server import Request, first
 
 if TYPE_CHECKING:
     from tests.store.objects.conftest import Bucket
@@ -44,7 +44,7 @@ def test_a_build_makes_the_bytes_of_a_local_one(bucket: Bucket) -> None:
 
 
 @pytest.mark.kill
-@pytest.mark.parametrize(("number", "after"), [(9, False), (40, True), (75, False), (110, True)])
+@pytest.mark.parametrize(("number", "after"), [(9, False), (47, True), (80, False), (110, True)])
 def test_a_killed_build_goes_on(bucket: Bucket, number: int, after: bool) -> None:
     name = f"killed-{number}-{after}"
     assert bucket.killed(name, number, after=after) >= number
@@ -181,3 +181,18 @@ def test_workers(bucket: Bucket) -> None:
     assert [outcome.code for outcome in outcomes] == [0, 0], [outcome.err for outcome in outcomes]
     assert sum(outcome.json["seconds"]["learning"] > 0 for outcome in outcomes) == 1
     assert bucket.tree("workers") == bucket.whole
+
+
+def test_a_store_is_made_while_another_process_looks_whether_it_can_be_written(bucket: Bucket) -> None:
+    """An object that is gone a moment later is no store of anybody, and no error."""
+    objects = objects_of("s3", "bucket")
+
+    def vanish(request: Request) -> None:
+        if request.method == "GET" and "prefix=vanishing" in request.path and "delimiter" in request.path:
+            bucket.server.seen = None
+            objects.delete(["vanishing/parts/.writable.host-1-00000000.0.tmp"])
+            bucket.server.seen = vanish
+
+    objects.put("vanishing/parts/.writable.host-1-00000000.0.tmp", b"1")
+    bucket.server.seen = vanish
+    assert Store.create("s3://bucket/vanishing").part_names() == []

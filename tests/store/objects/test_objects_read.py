@@ -14,8 +14,9 @@ import pytest
 import ghoststore
 from ghoststore.errors import CorruptError, StorageError, UsageError
 from ghoststore.store import Store
-from ghoststore.store.base.object_path import ObjectPath, local_cache, location
+from ghoststore.store.base.object_path import NoFileError, ObjectPath, local_cache, location
 from ghoststore.store.base.objects import objects_of
+from query.ann.rows import ROW, CheckedRows, digest_of
 from tests.support.made_parts import clustered, make_part
 from tests.support.object_server import KEY, SECRET, first
 
@@ -152,9 +153,10 @@ def test_functions_of_the_system_refuse_an_object(tmp_path: Path, monkeypatch: p
         lambda: Path.open(path, "wb"),
         lambda: path.touch(),
         lambda: os.listdir(path),
+        lambda: os.path.exists(path),
         lambda: shutil.rmtree(path),
     ):
-        with pytest.raises(UsageError, match="object storage"):
+        with pytest.raises(NoFileError, match="object storage"):
             use()
     assert not list(tmp_path.iterdir())
 
@@ -278,3 +280,19 @@ def test_training_there_is_refused_with_what_works(bucket: Bucket, tmp_path: Pat
     asked = {"data": bucket.lab.corpus, "val_set": bucket.lab.corpus, "architecture": "GPT2-Tiny"}
     with pytest.raises(UsageError, match="--to-store s3://bucket/trained"):
         ghoststore.train(store="s3://bucket/trained", output_dir=tmp_path / "out", **asked)
+
+
+def test_an_index_asks_for_the_rows_that_it_ranks_again(bucket: Bucket, tmp_path: Path) -> None:
+    store = made(bucket, "ranked")
+    here = make_part(tmp_path / "store", clustered())
+    there = Store.open(store).part()
+    rows = [3, 3, 77, 399, 210]
+    table = np.zeros(len(rows), dtype=ROW)
+    table["row"], table["digest"] = rows, [digest_of(here.read("vectors", row, row + 1)[0]) for row in rows]
+    bucket.server.reset()
+    read = CheckedRows(there, table).read(range(len(rows)))
+    assert bucket.server.requests == {"GET": len(rows)}
+    assert bucket.server.received == len(rows) * 4 * here.layout.dimension
+    np.testing.assert_array_equal(read.numpy(), CheckedRows(here, table).read(range(len(rows))).numpy())
+    bucket.server.cut = first(2, lambda request: "/vectors/" in request.path)
+    np.testing.assert_array_equal(read.numpy(), CheckedRows(there, table).read(range(len(rows))).numpy())
