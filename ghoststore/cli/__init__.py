@@ -20,6 +20,7 @@ from ghoststore.cli.ending import refuse_unreadable, report_error, say_bug, say_
 from ghoststore.cli.events import FLAG, logging_to
 from ghoststore.cli.streams import EventStderr, guarded
 from ghoststore.interrupts import Interrupted, terminating, word
+from ghoststore.software import versions_that_matter
 
 COMMANDS = {
     "tokenize": "a corpus to token shards, in parallel; resumes by itself",
@@ -97,9 +98,22 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="ghoststore", message="ghoststore %(version)s")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=lambda ctx, parameter, asked: _say_versions(ctx) if asked else None,
+    help="Show the version, and those of what its numbers depend on, and exit.",
+)
 def cli() -> None:
     """A vector store of gradients: which of my training samples make the model better at this?"""
+
+
+def _say_versions(ctx: click.Context) -> None:
+    for line in versions_that_matter(__version__):
+        click.echo(line)
+    ctx.exit()
 
 
 def _interrupted(error: BaseException) -> int:
