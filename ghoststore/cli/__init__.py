@@ -97,23 +97,31 @@ class LazyGroup(click.Group):
             raise click.UsageError(f"{error.message} Commands: {', '.join(COMMANDS)}.", ctx) from None
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option(
-    "--version",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=lambda ctx, parameter, asked: _say_versions(ctx) if asked else None,
-    help="Show the version, and those of what its numbers depend on, and exit.",
-)
-def cli() -> None:
-    """A vector store of gradients: which of my training samples make the model better at this?"""
-
-
-def _say_versions(ctx: click.Context) -> None:
+def _say_versions(ctx: click.Context, parameter: click.Parameter, asked: bool) -> None:
+    if not asked or ctx.resilient_parsing:
+        return
     for line in versions_that_matter(__version__):
         click.echo(line)
     ctx.exit()
+
+
+VERSION = click.Option(
+    ["--version"],
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_say_versions,
+    help="Show the version, and those of what its numbers depend on, and exit.",
+)
+
+
+@click.group(
+    cls=LazyGroup,
+    params=[VERSION],
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+def cli() -> None:
+    """A vector store of gradients: which of my training samples make the model better at this?"""
 
 
 def _interrupted(error: BaseException) -> int:
