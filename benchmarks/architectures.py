@@ -12,6 +12,7 @@ import re
 import resource
 import signal
 import sys
+import textwrap
 import time
 import traceback
 import warnings
@@ -322,6 +323,8 @@ def report(found: dict[str, dict[str, Any]], settings: dict[str, Any]) -> Result
     return results
 
 
+COLUMNS = 120
+"""Of a line of the page."""
 MARK = "<!-- From here on written by benchmarks/architectures.py --page -->"
 
 
@@ -342,8 +345,14 @@ def write_page(page: Path, found: dict[str, dict[str, Any]], facts: dict[str, An
         if name not in exact
     ]
     lines = [
-        f"Of {len(made)} classes (transformers {facts['transformers']}, torch {facts['torch']}) {len(exact)} are exact "
-        f"in all three: {', '.join(name + marked[name] for name in exact)}.\n",
+        *textwrap.wrap(
+            f"Of {len(made)} classes (transformers {facts['transformers']}, torch {facts['torch']}) {len(exact)} are "
+            f"exact in all three: {', '.join(name + marked[name] for name in exact)}.",
+            COLUMNS,
+            break_long_words=False,
+            break_on_hyphens=False,
+        ),
+        "",
         *(f"| {' | '.join(cells)} |" for cells in (["the others", *RESPECTS], ["---"] * (1 + len(RESPECTS)), *rows)),
     ]
     page.write_text("\n\n".join([head, "\n".join(lines)]) + "\n", encoding="utf-8")

@@ -92,6 +92,12 @@ def test_links_between_pages_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@pytest.mark.parametrize("name", ["adapters", "models", "scale"])
+def test_lines_are_no_wider_than_an_editor(name: str) -> None:
+    wide = [line for line in (ROOT / f"docs/{name}.md").read_text().splitlines() if len(line) > 125]
+    assert not wide
+
+
 def test_the_loop_in_the_readme_runs() -> None:
     (loop,) = [block for block in blocks(ROOT / "README.md", "python") if "GradProjLoraEngine" in block]
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))

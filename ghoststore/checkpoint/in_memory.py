@@ -280,13 +280,6 @@ def tokenizer_source(found: Path | LoadedTokenizer | TokenIds) -> Any:
     return found.tokenizer if isinstance(found, LoadedTokenizer) else found
 
 
-def recorded_tokenizer(given: Any) -> str | None:
-    """What a manifest records of the tokenizer that a user gives: its path, or "-" for one in memory."""
-    if given is None:
-        return None
-    return str(Path(given).resolve()) if isinstance(given, str | Path) else "-"
-
-
 def _saved_tensors(model: Any) -> dict[str, Any]:
     """The tensors that ``save_pretrained`` writes, by name: without tied ones, and named as in files. With an adapter
     those of its base.

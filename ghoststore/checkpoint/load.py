@@ -69,9 +69,12 @@ def find_tokenizer(source: TokenizerSource) -> AnyTokenizer:
     return folder if there else from_hub(str(source), what="tokenizer", patterns=TOKENIZER_PATTERNS)
 
 
-def given_tokenizer(given: TokenizerSource) -> AnyTokenizer:
-    """The folder of a tokenizer that a user gives, or a loaded one."""
-    return Path(given) if isinstance(given, str | Path) else LoadedTokenizer(given)
+def recorded_tokenizer(given: TokenizerSource | None) -> str | None:
+    """What a manifest records of the tokenizer that a user gives: its folder, or "-" for one in memory."""
+    if given is None:
+        return None
+    found = find_tokenizer(given)
+    return str(found.resolve()) if isinstance(found, Path) else "-"
 
 
 def load_tokenizer(folder: AnyTokenizer) -> Any:
@@ -97,8 +100,8 @@ def load_tokenizer(folder: AnyTokenizer) -> Any:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     if not any((folder / name).is_file() for name in names):
         raise CheckpointError(
-            f"checkpoint {folder} has no tokenizer; save it there too: tokenizer.save_pretrained({str(folder)!r}), or "
-            "give its folder with `tokenizer`"
+            f"the folder {folder} has no tokenizer; save it there: tokenizer.save_pretrained({str(folder)!r}), or give "
+            "the folder of one with `tokenizer`"
         )
     check_files(folder, "tokenizer")
     try:

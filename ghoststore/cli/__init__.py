@@ -20,6 +20,7 @@ from ghoststore.cli.ending import refuse_unreadable, report_error, say_bug, say_
 from ghoststore.cli.events import FLAG, logging_to
 from ghoststore.cli.streams import EventStderr, guarded
 from ghoststore.interrupts import Interrupted, terminating, word
+from ghoststore.software import versions_that_matter
 
 COMMANDS = {
     "tokenize": "a corpus to token shards, in parallel; resumes by itself",
@@ -96,8 +97,29 @@ class LazyGroup(click.Group):
             raise click.UsageError(f"{error.message} Commands: {', '.join(COMMANDS)}.", ctx) from None
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="ghoststore", message="ghoststore %(version)s")
+def _say_versions(ctx: click.Context, parameter: click.Parameter, asked: bool) -> None:
+    if not asked or ctx.resilient_parsing:
+        return
+    for line in versions_that_matter(__version__):
+        click.echo(line)
+    ctx.exit()
+
+
+VERSION = click.Option(
+    ["--version"],
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_say_versions,
+    help="Show the version, and those of what its numbers depend on, and exit.",
+)
+
+
+@click.group(
+    cls=LazyGroup,
+    params=[VERSION],
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 def cli() -> None:
     """A vector store of gradients: which of my training samples make the model better at this?"""
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from ghoststore.cli import options
 from ghoststore.settings.build import BuildOptions
 from ghoststore.settings.shared import Printing
+
+QUESTIONS = {
+    "text": '{"text": "what the model should do better"}',
+    "prompt-completion": '{"prompt": "what it is asked", "completion": " what it should answer"}',
+    "messages": '{"messages": [{"role": "user", "content": "what it is asked"}, '
+    '{"role": "assistant", "content": "what it should answer"}]}',
+}
+"""A val sample by the kind of a corpus' content, in place of those of the user. Token ids have none."""
 
 
 @options.command(
@@ -26,7 +35,7 @@ def command(keywords: options.Keywords, printing: Printing) -> None:
 
 
 def _print(report: Any) -> None:
-    from ghoststore.cli.terminal import human_bytes, print_facts
+    from ghoststore.cli.terminal import human_bytes, print_facts, print_next
 
     unit = "would take" if report.dry_run else "take"
     facts = [
@@ -44,6 +53,25 @@ def _print(report: Any) -> None:
     if report.seconds:
         facts.append(("time", _times(report)))
     print_facts("dry run" if report.dry_run else "built", facts)
+    if next_commands := _next(report):
+        print_next(next_commands)
+
+
+def _next(report: Any) -> list[str]:
+    """Commands that run as they are, once the part is complete and has rows to ask for."""
+    from ghoststore.store import Status
+
+    answerable = any(count for name, count in report.statuses.items() if Status[name.upper()].usable)
+    if report.dry_run or not answerable or sum(report.statuses.values()) < report.rows:
+        return []
+    of_part = f"--store {shlex.quote(report.store)} --part {shlex.quote(report.part)}"
+    ask = f"ghoststore query {of_part} --val-set "
+    question = QUESTIONS.get(report.manifest["corpus"]["fields"]["kind"])
+    return [
+        f"{ask}val.jsonl" if question is None else f"echo '{question}' | {ask}-",
+        f"ghoststore self-influence {of_part}",
+        f"ghoststore info {of_part}",
+    ]
 
 
 def _share(report: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from ghoststore.cli import options
@@ -20,7 +21,7 @@ def command(keywords: options.Keywords, printing: Printing) -> None:
 
 
 def _print(report: Any) -> None:
-    from ghoststore.cli.terminal import print_facts, print_table, say
+    from ghoststore.cli.terminal import print_facts, print_next, print_table, say
 
     names = sorted(next(iter(report.values.values())))
     scored = report.scored
@@ -67,22 +68,24 @@ def _print(report: Any) -> None:
         )
         say()
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.seconds.items())
-    query = f"ghoststore query --store {report.folder}/store --val-set {report.folder}"
+    folder = shlex.quote(report.folder)
+    query = f"ghoststore query --store {folder}/store --val-set {folder}"
     print_facts(
         "Now yours",
         [
             ("time", spent),
             ("plots", report.plot),
             ("", report.scores_plot),
-            ("try", f"ghoststore info --store {report.folder}/store"),
-            ("", f"ghoststore scores --store {report.folder}/store --top-k 5 --bottom-k 5"),
-            ("", f"{query}/val_recipe.jsonl"),
-            ("", f"{query}/facts_inflected.jsonl --each --top-k 3"),
-            ("", f"{query}/val.jsonl --group-field domain --combine max --report {report.folder}/report.html"),
-            (
-                "",
-                f"ghoststore select --store {report.folder}/store --val-set {report.folder}/val_recipe.jsonl "
-                f"--count 100 --out {report.folder}/best.jsonl",
-            ),
         ],
+    )
+    print_next(
+        [
+            f"ghoststore info --store {folder}/store",
+            f"ghoststore scores --store {folder}/store --top-k 5 --bottom-k 5",
+            f"{query}/val_recipe.jsonl",
+            f"{query}/facts_inflected.jsonl --each --top-k 3",
+            f"{query}/val.jsonl --group-field domain --combine max --report {folder}/report.html",
+            f"ghoststore select --store {folder}/store --val-set {folder}/val_recipe.jsonl --count 100 "
+            f"--out {folder}/best.jsonl",
+        ]
     )

@@ -196,6 +196,8 @@ def _parameters(entry: Entry, flags: Flags) -> Iterator[click.Option]:
     default = None if entry.spec.default is MISSING or entry.option.repeated else entry.spec.default
     if isinstance(default, tuple):
         default = ",".join(default) or None
+    elif default is not None and entry.option.shown is not None:
+        default = entry.option.shown(default)
     switch = entry.is_bool and entry.off is None
     settings = _reading(entry)
     if default is not None:

@@ -39,6 +39,7 @@ def print_hits(result: Any) -> None:
     from ghoststore.cli.ranking import print_ranking
     from ghoststore.cli.terminal import preview, say
     from ghoststore.cli.tokens import token_lines
+    from query.answer.results import title_of
     from query.ask.unit import metric_words, unit_words
 
     settings = result.settings
@@ -50,10 +51,9 @@ def print_hits(result: Any) -> None:
     times = Counter(query.query for query in result.results)
     for place, query in enumerate(result.results):
         columns = _columns(settings, in_nats, fused=settings.get("combine") == "rank-fusion" and not place)
-        if of_run and settings["mode"] == "own":
-            name = "each step's own val gradient"
-        else:
-            name = query.query if times[query.query] == 1 else f"{query.query} (val row {query.val_row})"
+        name = title_of(query, settings)
+        if times[query.query] > 1:
+            name += f" (val row {query.val_row})"
         for title, hits in zip(titles, (query.hits, query.bottom), strict=True):
             rows = []
             for hit in hits:

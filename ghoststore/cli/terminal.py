@@ -6,7 +6,7 @@ All text from a corpus, a store or an argument goes through `visible`, so that i
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import click
@@ -323,6 +323,13 @@ def print_facts(title: str, facts: list[tuple[str, str]]) -> None:
     for name, value in facts:
         table.add_row(Text(visible(name)), Text(visible(value, lines=True)))
     stdout_console().print(table)
+
+
+def print_next(commands: Sequence[str]) -> None:
+    """Print what one may do next, a command a line. No line is folded: a command that is pasted is one line."""
+    console = stdout_console()
+    for line, style in (("next", "dim"), *((f"  {visible(command)}", "") for command in commands)):
+        console.print(Text(line, style), soft_wrap=True)
 
 
 def preview(text: str | None, length: int = PREVIEW) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ghoststore.cli import options
 from ghoststore.lazy import load
+from ghoststore.settings.fields import Fields
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.shared import Printing
 from ghoststore.settings.train import TrainOptions
@@ -29,7 +32,7 @@ def command(keywords: options.Keywords, printing: Printing) -> None:
     """
     keywords["projection"] = _projection(keywords)
     if os.environ.get("RANK", "0") == "0":
-        options.run("train", keywords, printing, _print)
+        options.run("train", keywords, printing, partial(_print, keywords=keywords))
     else:
         load("train")(**keywords)  # the first rank prints
 
@@ -51,8 +54,8 @@ def _projection(keywords: options.Keywords) -> ProjectionConfig | None:
     return projection if given or keeps else None
 
 
-def _print(report: Any) -> None:
-    from ghoststore.cli.terminal import print_facts
+def _print(report: Any, keywords: options.Keywords) -> None:
+    from ghoststore.cli.terminal import print_facts, print_next
     from ghoststore.corpus.repeated import repeated_words
 
     def number(value: float | None, form: str) -> str:
@@ -79,10 +82,21 @@ def _print(report: Any) -> None:
         facts += [
             ("scoring", f"{report.score_share:.1%} of the time of the steps"),
             ("scores", f"{number(report.negative_share, '.1%')} negative, in run {report.run!r} of {report.store}"),
-            ("next", f"ghoststore scores --store {report.store} --run {report.run}"),
-            ("", f"ghoststore build --checkpoint {report.checkpoint} --data … --store {report.store}"),
         ]
     print_facts("evaluated" if report.checkpoint is None else "trained", facts)
+    if report.checkpoint and report.run:
+        print_next(_next(report, keywords))
+
+
+def _next(report: Any, keywords: options.Keywords) -> list[str]:
+    """Commands that run as they are, if rows are read by no options of their own."""
+    store, checkpoint, run = map(shlex.quote, (str(report.store), str(report.checkpoint), report.run))
+    data = keywords["data"]
+    named = isinstance(data, str) and data != "-" and keywords.get("fields") in (None, Fields())
+    return [
+        f"ghoststore scores --store {store} --run {run}",
+        f"ghoststore build --checkpoint {checkpoint} --data {shlex.quote(data) if named else '…'} --store {store}",
+    ]
 
 
 def _planned(report: Any, plan: Any) -> list[tuple[str, str]]:

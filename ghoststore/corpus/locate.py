@@ -27,6 +27,8 @@ INFOS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.
 """JSON files that say what a dataset is, and are none of its data."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_SOURCE = re.compile(rf"(?P<name>{HUB_NAME.pattern})(?::(?P<config>[\w.+-]+))?:(?P<split>[\w.+%:\[\]-]+)")
+BARE_NAME = re.compile(r"[A-Za-z0-9][\w-]*(?::[\w+%:\[\]-]+)?")
+"""A name without its owner, as the hub had them once: ``wikitext:train``."""
 BETWEEN = "\n"
 """Stands between the paths of a source that is several."""
 
@@ -70,6 +72,8 @@ def _locate(source: str) -> tuple[Form, list[Path]]:
     if hub and form_of(Path(hub["name"])) is None:
         return _locate_on_hub(source, hub["name"], hub["config"], hub["split"])
     hint = f"; for a dataset of the hub, add its split: {source}:train" if HUB_NAME.fullmatch(source) else ""
+    if BARE_NAME.fullmatch(source):
+        hint = "; a dataset of the hub is named with its owner and its split: org/name:split, or org/name:config:split"
     if " " in source or "\n" in source:
         hint = "; a text in memory is given in a list, [text]"
     if glob.has_magic(source):

@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias, get_args
 
 from ghoststore.errors import UsageError
 from ghoststore.settings.option import check_at_least, check_own_types, option
+from ghoststore.settings.sizes import parse_bytes, shown_bytes
 
 ContentKind: TypeAlias = Literal["text", "prompt-completion", "messages", "chat-completion", "tokens"]
 IdsDtype: TypeAlias = Literal["uint16", "uint32"]
@@ -81,7 +82,12 @@ class Fields:
         None, "Field with the domain (default: 'domain' where rows have it).", "Input", flag="--domain-field"
     )
     max_record_bytes: int = option(
-        LARGEST_RECORD, "Largest line, CSV record or row of a table; a larger one is refused.", "Advanced"
+        LARGEST_RECORD,
+        "Largest line, CSV record or row of a table; a larger one is refused.",
+        "Advanced",
+        metavar="SIZE",
+        parse=parse_bytes,
+        shown=shown_bytes,
     )
     encoding: str | None = option(
         None, "Encoding of text files, such as cp1252 (default: that of the byte order mark, else UTF-8).", "Input"

@@ -33,6 +33,8 @@ class Option(NamedTuple):
     """The allowed words, if the type is not a Literal."""
     parse: Callable[[str], Any] | None = None
     """Function from a word of the command line to the value; ValueError for a wrong word."""
+    shown: Callable[[Any], str] | None = None
+    """Function from the default to the word that the help shows, which ``parse`` reads."""
     repeated: bool = False
     """Whether each value has a flag of its own; otherwise several values are one list with commas."""
     none: str | None = None

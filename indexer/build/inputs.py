@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from ghoststore.checkpoint.find import Checkpoint
-from ghoststore.checkpoint.in_memory import LoadedCheckpoint, recorded_tokenizer
+from ghoststore.checkpoint.in_memory import LoadedCheckpoint
 from ghoststore.checkpoint.load import (
     AnyCheckpoint,
     find_checkpoint,
-    given_tokenizer,
+    find_tokenizer,
     load_model,
     load_tokenizer,
+    recorded_tokenizer,
     resolve_device,
 )
 from ghoststore.checkpoint.same_model import checkpoint_section, refuse_incomplete
@@ -113,7 +114,7 @@ def open_inputs(
     device = resolve_device(options.device, options.checkpoint)
     checkpoint = find_checkpoint(options.checkpoint, base=options.base, adapter=options.adapter)
     given = options.tokenizer
-    text_tokenizer = load_tokenizer(checkpoint.tokenizer_folder if given is None else given_tokenizer(given))
+    text_tokenizer = load_tokenizer(checkpoint.tokenizer_folder if given is None else find_tokenizer(given))
     name = check_name(options.name) if options.name else safe_name(checkpoint.name, part_word(options.data))
     Store.refuse_others(location(options.store))
     existing = repaired or existing_part(options.store, name, progress, checked)

@@ -186,7 +186,7 @@ def _answer(
             ],
         )
         if page is not None:
-            write_report(page, scorer, result, rankings, progress)
+            write_report(page, scorer, corpus if text else None, result, rankings, progress)
     return result
 
 

@@ -6,28 +6,31 @@ Ranked samples with their texts, histograms of the scores, domains, what each la
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ghoststore.corpus import Corpus
 from ghoststore.progress import Progress
 from ghoststore.shown import visible
-from ghoststore.store import Part
+from ghoststore.store import Part, Status
 from ghoststore.store.base.new_files import new_file
 from query.answer.contributions import Contributions, contributions
-from query.answer.results import Hit, MixedHit, QueryResult
+from query.answer.results import Hit, MixedHit, QueryResult, title_of
 from query.answer.tokens import Token, pieces
-from query.ask.question import COMBINED
 from query.ask.scorer import Scorer
 from query.ask.unit import metric_words, unit_of, unit_words
 from query.search.search import Ranking
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 MOST_RANKINGS = 30
+MOST_ASKED = 3
+"""Val samples whose texts stand beside a ranking."""
 MOST_CHARACTERS = 4000
 """Characters shown of a sample's text."""
 STRONGEST = 3
@@ -37,9 +40,14 @@ WIDTH, HEIGHT, TOP, BINS = 480, 150, 10, 60
 
 
 def write_report(
-    path: Path, scorer: Scorer, result: QueryResult, rankings: Sequence[Ranking], progress: Progress
+    path: Path,
+    scorer: Scorer,
+    val_set: Corpus | None,
+    result: QueryResult,
+    rankings: Sequence[Ranking],
+    progress: Progress,
 ) -> None:
-    """Write ``result`` as a page to the new file ``path``.
+    """Write ``result`` as a page to the new file ``path``; with texts of ``val_set``, if that is given.
 
     Computes the score of every row, for the histograms. For a sketched part ``scorer`` must keep its model.
     """
@@ -52,16 +60,14 @@ def write_report(
     )
     in_unit = stored is not None and not scorer.mixed
     scores = scorer.scores(progress, len(shown)) * (stored.factor if stored is not None and in_unit else 1.0)
-    rows = [[int(row) for row in ranking if row >= 0] for ranking in rankings[0].rows[: len(shown)]]
+    rows, far = ([[int(row) for row in ranking if row >= 0] for ranking in of.rows[: len(shown)]] for of in rankings)
+    cuts = _cuts(scorer.part, sorted({row for ranking in (*rows, *far) for row in ranking}))
+    samples_of = _samples_of(scorer)
+    asked = _asked(val_set, samples_of[: len(shown)])
     layers = contributions(scorer, rows, progress)
     if isinstance(layers, Contributions) and stored is not None and recomputed is not None:
         layers = layers.times((recomputed if scorer.part.sketched_together else stored).factor)
     domains = np.bincount(scorer.part.column("domain").astype(np.int64) + 1, minlength=len(scorer.part.domains) + 1)
-    titles = {"mean": "the val set's mean gradient"}
-    if scorer.question.group_field is not None:
-        titles = {COMBINED: f"all groups ({scorer.question.combine})"}
-    elif scorer.question.each:
-        titles = {}
     fused, reranked = scorer.question.combine == "rank-fusion", result.settings["rerank"] is not None
     page = {
         "title": f"{_count(result)} {Path(str(result.settings['val_set'])).name}",
@@ -73,15 +79,17 @@ def write_report(
         "rankings": [
             {
                 "name": ranking.query,
-                "title": titles.get(ranking.query, ranking.query),
+                "title": title_of(ranking, result.settings),
                 "similarity": "rank fusion" if fused and not place else result.settings["metric"],
-                "hits": _hits(ranking.hits, hit_rows, layers, place),
-                "bottom": _hits(ranking.bottom, [], layers, place),
+                "asked": asked[place],
+                "asked_more": max(0, len(set(samples_of[place])) - len(asked[place])),
+                "hits": _hits(ranking.hits, hit_rows, layers, place, cuts),
+                "bottom": _hits(ranking.bottom, far_rows, layers, place, cuts, named=False),
                 "histogram": histogram(scores[place], () if reranked else ranking.hits),
                 "domains": _domains(scorer.part, hit_rows, domains),
                 "layers": _mean_layers(layers, place),
             }
-            for place, (ranking, hit_rows) in enumerate(zip(shown, rows, strict=True))
+            for place, (ranking, hit_rows, far_rows) in enumerate(zip(shown, rows, far, strict=True))
         ],
         "layers_note": layers.note if isinstance(layers, Contributions) and not reranked else "",
         "reranked": reranked,
@@ -165,22 +173,80 @@ def _domains(part: Part, rows: Sequence[int], all_rows: NDArray[np.int64]) -> li
     return sorted(shares, key=lambda domain: (-domain["chosen"], domain["name"]))
 
 
-def _hits(hits: Sequence[Hit], rows: Sequence[int], layers: Contributions | str, ranking: int) -> list[dict[str, Any]]:
+def _samples_of(scorer: Scorer) -> list[list[int]]:
+    """For each ranking the places in the val set of the samples behind it."""
+    of_groups = [list(dict.fromkeys(places)) for places in scorer.val.samples_of]
+    if len(of_groups) == len(scorer.names):
+        return of_groups
+    return [sorted({place for places in of_groups for place in places}), *of_groups]  # all groups come first
+
+
+def _asked(val_set: Corpus | None, samples_of: Sequence[Sequence[int]]) -> list[list[dict[str, Any]]]:
+    """For each ranking the id and the text of its first val samples; none without a ``val_set``."""
+    first = [list(places[:MOST_ASKED]) for places in samples_of]
+    wanted = {place for places in first for place in places}
+    if val_set is None or not wanted:
+        return [[] for _ in first]
+    texts = {
+        sample.source_row: {"id": sample.id, **text_of(sample.preview())}
+        for sample in islice(val_set.samples(), max(wanted) + 1)
+        if sample.source_row in wanted
+    }
+    return [[texts[place] for place in places if place in texts] for places in first]
+
+
+def text_of(text: str | None) -> dict[str, Any]:
+    """What the page shows of a text: at most :data:`MOST_CHARACTERS`, how many ``more`` there are, and whether it is
+    ``code``.
+    """
+    if text is None:
+        return {"text": None, "more": "", "code": False}
+    more = len(text) - MOST_CHARACTERS
+    return {"text": text[:MOST_CHARACTERS], "more": f"{more:,}" if more > 0 else "", "code": is_code(text)}
+
+
+def is_code(text: str) -> bool:
+    """Whether lines of ``text`` mean something by where they begin: a quarter of them, and two at least, are indented
+    or end as those of programs do. It chooses a font, and nothing else.
+    """
+    lines = [line for line in text[:MOST_CHARACTERS].splitlines() if line.strip()]
+    marked = sum(line.startswith(("  ", "\t")) or line.rstrip().endswith(("{", "}", ";", "):")) for line in lines)
+    return marked >= 2 and marked >= len(lines) / 4
+
+
+def _cuts(part: Part, rows: Sequence[int]) -> dict[int, int]:
+    """The number of tokens of those of ``rows`` that the build cut: their gradients are of their beginnings."""
+    if not rows:
+        return {}
+    status, tokens = part.read_rows("status", rows), part.read_rows("n_tokens", rows)
+    return {row: int(count) for row, of, count in zip(rows, status, tokens, strict=True) if int(of) == Status.TRUNCATED}
+
+
+def _hits(
+    hits: Sequence[Hit],
+    rows: Sequence[int],
+    layers: Contributions | str,
+    ranking: int,
+    cuts: Mapping[int, int],
+    *,
+    named: bool = True,
+) -> list[dict[str, Any]]:
+    """What the page shows of ``hits``, which are ``rows``; with the layers that add most, if these are ``named``."""
     shown = []
-    for place, hit in enumerate(hits):
-        text = hit.text if hit.text is None else hit.text[:MOST_CHARACTERS]
-        more = "" if hit.text is None or len(hit.text) <= MOST_CHARACTERS else f"{len(hit.text) - MOST_CHARACTERS:,}"
+    for hit, row in zip(hits, rows, strict=True):
         strongest: list[tuple[str, float]] = []
-        if isinstance(layers, Contributions) and place < len(rows) and rows[place] in layers.of[ranking]:
-            values = layers.of[ranking][rows[place]]
+        if named and isinstance(layers, Contributions) and row in layers.of[ranking]:
+            values = layers.of[ranking][row]
             order = np.argsort(-np.abs(values), kind="stable")[:STRONGEST]
             short = _short(layers.layers)
             strongest = [(short[at], float(values[at])) for at in order]
-        parts = {"pieces": colored(hit.text, hit.tokens)} if hit.tokens is not None else {}
+        parts: dict[str, Any] = {"pieces": colored(hit.text, hit.tokens)} if hit.tokens is not None else {}
         if hit.val_sample is not None:
             parts["asking"] = colored(hit.val_sample.text, hit.val_sample.tokens)
+            parts["asking_code"] = is_code(hit.val_sample.text)
         score = _shown_score(hit)
-        shown.append({**asdict(hit), "score": score, "text": text, "more": more, "layers": strongest, **parts})
+        beside = {"score": score, "layers": strongest, "cut": cuts.get(row)}
+        shown.append({**asdict(hit), **text_of(hit.text), **beside, **parts})
     return shown
 
 
@@ -198,7 +264,8 @@ def colored(text: str | None, tokens: Sequence[Token]) -> list[tuple[str, str, f
         score = None if place is None else tokens[place].score
         level = 0 if score is None else round(5 * abs(score) / most)
         shown.append((characters, f"{'n' if (score or 0.0) < 0 else 'p'}{level}" if level else "", score))
-    return shown
+    left = len(text or "") - first - MOST_CHARACTERS
+    return [*shown, (f" … {left:,} more characters", "", None)] if left > 0 else shown
 
 
 def _mean_layers(layers: Contributions | str, ranking: int) -> list[dict[str, Any]]:

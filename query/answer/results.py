@@ -16,6 +16,7 @@ from ghoststore.store import Part
 from query.answer.tokens import Explained, Token, ValTokens
 from query.ask.blend import Blend
 from query.ask.lexical import Hybrid
+from query.ask.question import COMBINED
 from query.ask.unit import Unit
 from query.common.notebook import cut, html_table, html_tables
 from query.common.output import arrow_table, columns_of, write_result
@@ -247,6 +248,17 @@ class QueryResult:
     def _hit(self) -> type[Hit]:
         """The class of the hits."""
         return next((type(hit) for result in self.results for hit in (*result.hits, *result.bottom)), Hit)
+
+
+def title_of(ranking: QueryHits, settings: dict[str, Any]) -> str:
+    """What a ranking is of, in words: its name, unless that stands for all val samples together."""
+    if settings.get("mode") == "own":
+        return "each step's own val gradient"
+    if ranking.val_row is None and settings.get("group_field") is not None:
+        return f"all groups ({settings['combine']})" if ranking.query == COMBINED else ranking.query
+    if ranking.val_row is None and ranking.query == "mean":
+        return "the val set's mean gradient"
+    return ranking.query
 
 
 def with_nats(hits: Sequence[Sequence[Sequence[Hit]]], unit: Unit | None) -> list[list[list[Hit]]]:

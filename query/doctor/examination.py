@@ -11,7 +11,13 @@ from typing import Any
 import torch
 
 from ghoststore.checkpoint.in_memory import LoadedCheckpoint
-from ghoststore.checkpoint.load import choose_max_length, find_checkpoint, load_tokenizer, resolve_device
+from ghoststore.checkpoint.load import (
+    choose_max_length,
+    find_checkpoint,
+    find_tokenizer,
+    load_tokenizer,
+    resolve_device,
+)
 from ghoststore.checkpoint.nanogpt import looks_like
 from ghoststore.corpus import Fields, open_corpus, source_name
 from ghoststore.errors import CaptureError, UsageError
@@ -193,10 +199,10 @@ def _open_models(
         if tokenizer is None:
             raise UsageError("a model in memory needs its tokenizer: give `tokenizer`")
         models = LoadedModels(model, dtype, device, kernel)
-        return models, load_tokenizer(Path(tokenizer)) if isinstance(tokenizer, (str, Path)) else tokenizer
+        return models, load_tokenizer(find_tokenizer(tokenizer)) if isinstance(tokenizer, (str, Path)) else tokenizer
     assert checkpoint is not None
     saved = find_checkpoint(checkpoint, base=base, adapter=adapter)
     models = SavedModels(saved, dtype or "float32", resolve_device(device), kernel)
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
-        tokenizer = load_tokenizer(saved.tokenizer_folder if tokenizer is None else Path(tokenizer))
+        tokenizer = load_tokenizer(saved.tokenizer_folder if tokenizer is None else find_tokenizer(tokenizer))
     return models, tokenizer

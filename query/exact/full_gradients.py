@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from ghoststore.checkpoint.adapter import has_adapter, is_adapter_path
-from ghoststore.checkpoint.in_memory import recorded_tokenizer
 from ghoststore.checkpoint.load import (
     AnyCheckpoint,
     find_checkpoint,
-    given_tokenizer,
+    find_tokenizer,
     load_model,
     load_tokenizer,
+    recorded_tokenizer,
     resolve_device,
 )
 from ghoststore.checkpoint.same_model import checkpoint_section
@@ -67,7 +67,7 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
     checkpoint = find_checkpoint(options.checkpoint, base=options.base, adapter=options.adapter)
     device = resolve_device(options.device, options.checkpoint)
     given = options.tokenizer
-    folder = checkpoint.tokenizer_folder if given is None else given_tokenizer(given)
+    folder = checkpoint.tokenizer_folder if given is None else find_tokenizer(given)
     text_tokenizer = load_tokenizer(folder)
     with open_corpus(options.data, options.fields or Fields(), progress) as corpus:  # refused before a model is loaded
         model = load_model(

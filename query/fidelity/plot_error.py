@@ -42,7 +42,7 @@ from query.fidelity.fidelity import (
     vector_products,
 )
 from query.fidelity.plot import draw_errors
-from query.fidelity.reference import fitting_parts, parse_reference, part_of_rank
+from query.fidelity.reference import MORE_PARTS, fitting_parts, parse_reference, part_of_rank
 from query.fidelity.sample import SampleSpec, open_encoder, take_sample
 from query.fidelity.theory import PairMoments, dense_error, kronecker_error
 from query.search.part_score import Metric
@@ -124,6 +124,8 @@ def plot_error(options: PlotErrorOptions) -> ErrorCurve:
             "which is not known of all parameters; give full_layers"
         )
     target = part_of_rank(parts, number) if mode == "rank" else None
+    if len(parts) - (target is not None) == 1:
+        progress.note(f"one part is one point, and no curve: {MORE_PARTS}")
     measure = _Measure(parts, spec, options, progress)
     by_vectors = {part.name: measure.by_vectors(part) for part in parts}
     if target is not None:

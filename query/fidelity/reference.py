@@ -12,6 +12,10 @@ from ghoststore.store.base.manifest import differences
 
 SHARED = ("checkpoint", "tokenizer", "corpus", "tokens", "loss")
 REFERENCE = re.compile(r"full|full_layers|(rank|naive_proj_layers)=(\d{1,12})")
+MORE_PARTS = (
+    "build more parts of the same checkpoint and corpus, `ghoststore build --name NAME --proj-rank-total N …` with "
+    "another N each"
+)
 
 
 def parse_reference(reference: str) -> tuple[str, int]:
@@ -63,5 +67,5 @@ def part_of_rank(parts: Sequence[Part], rank: int) -> Part:
         problem = "no part was" if not of_rank else f"{len(of_rank)} parts were"
         raise UsageError(f"`reference=rank={rank}`: {problem} built with a rank total of {rank}; there are: {totals}")
     if len(parts) == 1:
-        raise UsageError(f"`reference=rank={rank}`: no other part is there to be compared with it")
+        raise UsageError(f"`reference=rank={rank}`: no other part is there to be compared with it: {MORE_PARTS}")
     return of_rank[0]

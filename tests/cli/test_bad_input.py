@@ -257,6 +257,18 @@ def test_build_options(lab: Lab, tmp_path: Path, options: list[str], patterns: l
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("command", ["build", "full-gradients", "doctor"])
+def test_tokenizers_that_are_none(lab: Lab, model: Path, tmp_path: Path, command: str) -> None:
+    """A folder that is not there, and one without a tokenizer: neither is called a checkpoint."""
+    words = [command, "--checkpoint", lab.checkpoint, "--data", lab.corpus]
+    words += {"build": ["--store", tmp_path / "store"], "full-gradients": ["--out", tmp_path / "out"]}.get(command, [])
+    no_tokenizer(model)
+    for folder, what in ((tmp_path / "absent", "there is no such folder"), (model, "has no tokenizer; .*--tokenizer")):
+        outcome = lab.run(*words, "--tokenizer", folder)
+        refused(outcome, rf"{re.escape(str(folder))}:? {what}")
+        assert "checkpoint" not in outcome.err
+
+
 def test_cuda_that_is_not_there(lab: Lab, built: Path, val: Path, tmp_path: Path) -> None:
     import torch
 

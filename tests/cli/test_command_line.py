@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
 import subprocess
 import sys
@@ -122,7 +123,13 @@ def test_version(how: list[str], tmp_path: Path) -> None:
     if not Path(start[0]).exists():
         pytest.skip("ghoststore is not installed as a script here")
     done = subprocess.run([*start, *how], capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert done.stdout == f"ghoststore {ghoststore.__version__}\n"
+    first, *rest = done.stdout.splitlines()
+    assert first == f"ghoststore {ghoststore.__version__}"
+    versions = dict(line.split(" ", 1) for line in rest)
+    assert list(versions)[:5] == ["python", "torch", "transformers", "zarr", "numpy"]
+    assert set(versions) - {"faiss-cpu", "faiss-gpu"} == set(list(versions)[:5])
+    assert versions["zarr"] == zarr.__version__
+    assert "not installed" not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -153,12 +160,34 @@ def test_a_file_that_hides_a_package_of_ours(lab: Lab, name: str, command: str, 
     assert not (tmp_path / "s").exists()
 
 
-def test_a_file_that_hides_a_package_of_ours_in_python(tmp_path: Path) -> None:
+@pytest.mark.parametrize("use", ["ghoststore.query", "from ghoststore import build"])
+def test_a_file_that_hides_a_package_of_ours_in_python(use: str, tmp_path: Path) -> None:
+    """Beside a script, or as the script itself, which may have been imported by its user before."""
     (tmp_path / "query.py").write_text("raise SystemExit('the file of the user was run')\n")
-    code = "import ghoststore\ntry:\n    ghoststore.query\nexcept ImportError as error:\n    print(error)"
+    code = f"import ghoststore\ntry:\n    {use}\nexcept ImportError as error:\n    print(error)"
     (tmp_path / "mine.py").write_text(code)
     done = subprocess.run([sys.executable, "mine.py"], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert str(tmp_path / "query.py") in done.stdout
+    (tmp_path / "query.py").write_text(code)
+    for script in ("query.py", "imports.py"):
+        (tmp_path / "imports.py").write_text("import query")
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path, check=True)
+        assert f"{tmp_path / 'query.py'} hides ghoststore's own package 'query'" in done.stdout
+
+
+def test_the_console_script_does_not_look_in_the_folder(built: Path, tmp_path: Path) -> None:
+    """Only where PYTHONPATH says so; then its error is that of the others."""
+    script = Path(sys.executable).parent / "ghoststore"
+    if not script.exists():
+        pytest.skip("ghoststore is not installed as a script here")
+    (tmp_path / "query.py").write_text("raise SystemExit('the file of the user was run')\n")
+    words = [str(script), "info", "--store", str(built)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"{tmp_path / 'query.py'} hides ghoststore's own package 'query'" in done.stderr
 
 
 def test_json_is_all_of_stdout(lab: Lab, built: Path, tmp_path: Path) -> None:
@@ -183,7 +212,7 @@ def test_json_is_all_of_stdout(lab: Lab, built: Path, tmp_path: Path) -> None:
 def test_tables_are_on_stdout(lab: Lab, built: Path) -> None:
     quiet = lab.run("query", "--store", built, "--val-set", lab.corpus, "--top-k", "3", "--quiet")
     assert quiet.err == ""
-    assert "nearest to mean" in quiet.out
+    assert quiet.out.startswith("nearest to the val set's mean gradient\n")
     assert "row-" in quiet.out
     assert "27" in lab.run("info", "--store", built).out
     assert "sha256:" in lab.run("info", "--store", built, "--part", "part").out

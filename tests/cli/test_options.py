@@ -29,6 +29,7 @@ from ghoststore.settings.fields import Fields
 from ghoststore.settings.flags import Flags, entries_of
 from ghoststore.settings.measure import METHODS
 from ghoststore.settings.option import choices_of, options_of
+from ghoststore.settings.sizes import parse_bytes, shown_bytes
 from ghoststore.settings.train import TrainConfig
 
 if TYPE_CHECKING:
@@ -327,3 +328,18 @@ def test_values_of_numpy_are_numbers() -> None:
     settings: dict[str, Any] = {"top_k": np.int64(3), "text": np.bool_(False), "bottom_k": np.int32(1)}
     with pytest.raises(UsageError, match="there is no store"):
         query(store="no store", val_set="x", **settings)
+
+
+def test_sizes_are_read_and_shown_as_people_write_them(lab: Lab) -> None:
+    for count in (0, 1, 1000, 1024, 64 << 20, 3 << 30, 1 << 40, (1 << 40) + 1):
+        assert parse_bytes(shown_bytes(count)) == count
+    assert [parse_bytes(word) for word in ("64 MiB", "64mib", "67108864")] == [64 << 20] * 3
+    assert shown_bytes(64 << 20) == "64MiB"
+    words = ["query", "--store", "s", "--val-set", lab.corpus, "--max-record-bytes"]
+    for word in ("64MB", "1.5GiB", "-1", "many"):
+        outcome = lab.run(*words, word)
+        assert outcome.code == 2
+        assert f"{word!r} is no number of bytes, such as 67108864 or 64MiB" in outcome.err
+    assert "[default: 64MiB]" in lab.run("query", "--help").out
+    limited = lab.run("tokenize", "--data", lab.corpus, "--tokenizer", lab.checkpoint, "--out", "x", *words[-1:], "1 B")
+    assert "a record of more than 1 bytes" in limited.err

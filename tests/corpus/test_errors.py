@@ -143,6 +143,11 @@ def test_empty(name: str, tmp_path: Path) -> None:
 def test_sources_that_are_no_corpus(tmp_path: Path) -> None:
     assert "nothing.jsonl: does not exist" in message(tmp_path / "nothing.jsonl")
     assert "does not exist; for a dataset of the hub, add its split: org/name:train" in message("org/name")
+    for without_owner in ("wikitext", "wikitext:train", "wikitext:wikitext-2-v1:train", "wikitext:train[:10%]"):
+        assert f"{without_owner}: " in message(without_owner)
+        assert message(without_owner).endswith("its split: org/name:split, or org/name:config:split")
+    for a_path in ("corpus.jsonl", "data/corpus", "/wikitext"):
+        assert "owner" not in message(a_path)
     for name in ("a.yaml", "a.jsonl.bz2", "a"):
         (tmp_path / name).write_bytes(GOOD)
         assert ".jsonl.zst" in message(tmp_path / name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,8 @@ from ghoststore import ProjectionConfig
 from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
 from query.answer.contributions import Contributions, contributions
-from query.answer.report import histogram
+from query.answer.report import MOST_CHARACTERS, colored, histogram, is_code
+from query.answer.tokens import Token
 from query.ask.question import Question
 from tests.support.parts import opened_scorer
 
@@ -101,8 +104,9 @@ def test_every_kind_of_answer(folder: Path, store: str, settings: dict[str, Any]
             assert f"<code>{hit.id}</code>" in text
             assert f"{hit.score if hit.nats is None else hit.nats:.4g}" in text
     shown = any(hit.text == HOSTILE for one in result.results for hit in one.hits)
-    assert ("&lt;script&gt;" in text) == shown
     assert shown or not settings.get("each")
+    assert ("&lt;script&gt;" in text) == settings.get("text", True)  # of the val set, wherever it does not rank
+    assert text.count('class="asked"') == (len(result.results) if settings.get("text", True) else 0)
     possible = store == "plain" or "precondition" not in settings
     assert ("What each layer adds, mean" in text) == possible
     assert ("What each layer adds is not shown" in text) != possible
@@ -185,6 +189,68 @@ def test_layers_before_the_sketch(lab: Lab, folder: Path, tmp_path: Path) -> Non
                 assert by_row[row].sum() == pytest.approx(
                     of_ranking[row], rel=1e-4, abs=1e-6 * np.nanmax(np.abs(scores))
                 )
+
+
+def asked_of(page: Path) -> list[list[str]]:
+    """The ids of the val samples beside each ranking."""
+    asides = re.findall(r'<aside class="asked">(.*?)</aside>', page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [re.findall(r"<code>(.*?)</code>", aside) for aside in asides]
+
+
+def test_the_val_samples_stand_beside_their_hits(folder: Path, lab: Lab, tmp_path: Path) -> None:
+    """Of a mean the first three, and how many more; of a sample it; of a group its own, and of all groups each's."""
+    val = [json.loads(line) for line in (folder / "val.jsonl").read_text().splitlines()]
+    val.insert(1, {"id": "nothing", "text": "", "domain": None, "task": "a"})  # has no gradient, and asks for nothing
+    val_set = lab.write(tmp_path / "val.jsonl", val)
+    ids = [row["id"] for row in val if row["text"]]
+    for name, settings, asked in (
+        ("mean", {}, [ids[:3]]),
+        ("each", {"each": True}, [[of] for of in ids]),
+        ("groups", {"group_field": "task"}, [ids[:3], ids[::2], ids[1::2]]),
+    ):
+        page = tmp_path / f"{name}.html"
+        given: dict[str, Any] = settings
+        ghoststore.query(store=folder / "plain", val_set=val_set, top_k=2, report=page, device="cpu", **given)
+        assert asked_of(page) == asked, name
+        assert ("and 1 more" in page.read_text()) == (name != "each")
+
+
+CODE = "def f(x):\n    if x:\n        return 1\n    return 2\n"
+
+
+def test_what_is_code_and_what_is_cut_is_marked(lab: Lab, tmp_path: Path) -> None:
+    """Programs are in one width; a text says what is left out of it, and a row that the build cut, where."""
+    long = "the cat sees a dog. " * 300
+    rows = [{"id": "code", "text": CODE}, {"id": "prose", "text": "the cat\nsees a dog"}, {"id": "long", "text": long}]
+    data = lab.write(tmp_path / "train.jsonl", rows)
+    words = {"checkpoint": lab.checkpoint, "data": data, "store": tmp_path / "store", "device": "cpu"}
+    ghoststore.build(**words, max_length=16, projection=ProjectionConfig(precondition="none"))
+    page = tmp_path / "page.html"
+    ghoststore.query(store=tmp_path / "store", val_set=[{"text": "the cat"}], report=page, device="cpu")
+    hits = re.findall(r"<li>(.*?)</li>", page.read_text(), flags=re.DOTALL)
+    by_id = {re.findall(r"<code>(.*?)</code>", hit)[0]: hit for hit in hits}
+    assert {name for name, hit in by_id.items() if 'class="text code"' in hit} == {"code"}
+    assert {name for name, hit in by_id.items() if "cut by the build after 16 tokens" in hit} >= {"long"}
+    assert "cut by" not in by_id["prose"]
+    assert f"… {len(long) - MOST_CHARACTERS:,} more characters" in by_id["long"]
+    assert "more characters" not in by_id["code"] + by_id["prose"]
+    token = Token(token="the", start=0, end=3, score=1.0)
+    assert colored(long, [token])[-1][0] == f" … {len(long) - MOST_CHARACTERS:,} more characters"
+    assert "more" not in colored(long[:MOST_CHARACTERS], [token])[-1][0]
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        (CODE, True),
+        ("int main() {\n  return 0;\n}\n", True),
+        ("One line; and no more.", False),
+        ("A paragraph.\n\nAnother one; it ends here;\nand goes on.\nAnd on.\n", False),
+        ("", False),
+    ],
+)
+def test_code_is_known_by_its_lines(text: str, code: bool) -> None:
+    assert is_code(text) == code
 
 
 def test_histogram() -> None:

@@ -16,6 +16,7 @@ from ghoststore import ProjectionConfig
 from ghoststore.errors import CheckpointError, MismatchError, UsageError
 from ghoststore.progress import Silent
 from query.fidelity.sample import SampleSpec
+from tests.support.notes import Notes
 from tests.support.parts import vectors_of
 
 if TYPE_CHECKING:
@@ -145,8 +146,16 @@ def test_against_a_part_of_some_rank(store: Path, tmp_path: Path) -> None:
     for rank, problem in ((64, "2 parts were"), (7, "no part was")):
         with pytest.raises(UsageError, match=f"`reference=rank={rank}`: {problem} built with a rank total of {rank}"):
             curve_of(store, tmp_path / "other.png", reference=f"rank={rank}")
-    with pytest.raises(UsageError, match="no other part"):
+    with pytest.raises(UsageError, match=r"no other part.*: build more parts"):
         curve_of(store, tmp_path / "other.png", reference="rank=4", part="a")
+
+
+def test_one_part_is_no_curve(store: Path, tmp_path: Path) -> None:
+    for parts, points in (("a", 1), (["a", "c"], 2)):
+        notes = Notes()
+        curve = curve_of(store, tmp_path / f"{points}.png", part=parts, rows=11, val_samples=2, progress=notes)
+        assert len(curve.points) == points
+        assert ["build more parts" in said for said in notes.said] == [True] * (points == 1)
 
 
 @pytest.mark.slow
