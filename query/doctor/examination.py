@@ -26,6 +26,7 @@ from ghoststore.settings.keywords import takes
 from ghoststore.settings.measure import DoctorOptions
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.shared import AdapterUse, in_memory
+from ghoststore.store.base.object_path import refuse_objects
 from indexer.encode.tokens import Tokenizer, embedding_rows
 from indexer.projection.matrices import Projection
 from query.doctor import (
@@ -96,6 +97,7 @@ def doctor(options: DoctorOptions) -> DoctorReport:
 
     Raises UsageError, CheckpointError, LayerError or CorpusError for inputs from which no store could be built at all.
     """
+    refuse_objects(options.store, "store", "measuring a disk", "leave `store` out: the rest needs no store")
     progress = options.progress or Silent()
     if options.samples < 3:
         raise UsageError(f"`samples` must be at least 3 (a ranking of two others), not {options.samples}")

@@ -296,3 +296,18 @@ def test_an_index_asks_for_the_rows_that_it_ranks_again(bucket: Bucket, tmp_path
     np.testing.assert_array_equal(read.numpy(), CheckedRows(here, table).read(range(len(rows))).numpy())
     bucket.server.cut = first(2, lambda request: "/vectors/" in request.path)
     np.testing.assert_array_equal(read.numpy(), CheckedRows(there, table).read(range(len(rows))).numpy())
+    with pytest.raises(UsageError, match="leave `store` out"):
+        ghoststore.doctor(checkpoint=bucket.lab.checkpoint, store="s3://bucket/trained")
+
+
+def test_a_loop_with_scores_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from indexer.session.run_plan import RunPlan
+
+    monkeypatch.chdir(tmp_path)
+    plan = RunPlan.__new__(RunPlan)
+    object.__setattr__(plan, "store", "s3://bucket/loops")
+    object.__setattr__(plan, "name", "run")
+    for step in (plan.open, plan.refuse_other):
+        with pytest.raises(UsageError, match="training is not done in object storage"):
+            step()
+    assert not list(tmp_path.iterdir())
