@@ -75,7 +75,9 @@ def _next(report: Any) -> list[str]:
 
 
 def _share(report: Any) -> str:
-    """What a worker has done, and what is left of the part."""
+    """What a worker has done, and what is left of the part; of a dry run what it would do."""
+    if report.dry_run:
+        return f"worker {report.worker} would build {report.rows_built:,} rows"
     left = report.rows - sum(report.statuses.values())
     rest = f"{left:,} of the part are with others, or missing" if left else "the part is complete"
     return f"worker {report.worker}: {report.rows_built:,} rows built; {rest}"

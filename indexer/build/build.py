@@ -73,7 +73,8 @@ def build(options: BuildOptions) -> BuildReport:
     if options.dry_run:
         with open_inputs(options, progress) as inputs:
             job = plan_job(inputs, progress)
-            return replace(BuildReport.of(job), seconds=estimated_seconds(job))
+            report = replace(BuildReport.of(job), seconds=estimated_seconds(job))
+            return report if share is None else _of_share(report, job, share)
     with opened(options, progress, None if share is None else share.of) as (job, part):
         chosen = range(part.layout.spans) if share is None else share.of(part.layout.spans)
         missing = sorted(set(chosen) - set(part.spans))
@@ -88,6 +89,18 @@ def build(options: BuildOptions) -> BuildReport:
             statuses=built.statuses,
             seconds={"total": time.perf_counter() - started, "learning": job.learning_seconds, **seconds},
         )
+
+
+def _of_share(report: BuildReport, job: BuildJob, share: Share) -> BuildReport:
+    """The dry run's ``report`` for one of several workers: the rows that are missing of its share, and their time."""
+    existing = job.inputs.existing
+    missing = set(share.of(job.layout.spans)) - set(() if existing is None else existing.spans)
+    rows = sum(stop - start for start, stop in map(job.layout.span_of, missing))
+    left = report.rows - (0 if existing is None else existing.rows)
+    seconds = dict(report.seconds)
+    if "compute" in seconds:
+        seconds["compute"] *= rows / left
+    return replace(report, worker=str(share), rows_built=rows, seconds=seconds)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ class BuildReport:
     resumed_rows: int = 0
     """Rows that were committed before this call."""
     rows_built: int = 0
-    """Rows that this call has built."""
+    """Rows that this call has built; in a dry run with ``worker`` those that it would build."""
     worker: str | None = None
     """The share of this process, "I/N"; None if it built all that was missing."""
     statuses: dict[str, int] = field(default_factory=dict)

@@ -274,3 +274,20 @@ def test_another_learned_meanwhile(lab: Lab, alone: Path, tmp_path: Path, monkey
     monkeypatch.setattr(job, "calibrate", slower)
     assert worker(lab, store, "1/2").seconds["learning"] == 0
     assert lab.tree(store) == lab.tree(alone)
+
+
+def test_a_dry_run_says_what_a_worker_would_do(lab: Lab, tmp_path: Path) -> None:
+    """The shares sum to the part, and to its time; what is there is nobody's."""
+    whole = lab.build(tmp_path / "store", "--dry-run", "--json").json
+    dry = [lab.build(tmp_path / "store", "--dry-run", "--worker", f"{n}/3", "--json").json for n in (1, 2, 3)]
+    assert sum(one["rows_built"] for one in dry) == whole["rows"]
+    assert [one["worker"] for one in dry] == ["1/3", "2/3", "3/3"]
+    assert {one["rows"] for one in dry} == {whole["rows"]}
+    first = lab.build(tmp_path / "store", "--worker", "1/3", "--json").json
+    assert first["rows_built"] == dry[0]["rows_built"] > 0
+    again = [lab.build(tmp_path / "store", "--dry-run", "--worker", f"{n}/3", "--json").json for n in (1, 2, 3)]
+    assert [one["rows_built"] for one in again] == [0, dry[1]["rows_built"], dry[2]["rows_built"]]
+    shares = [one["seconds"].get("compute", 0.0) > 0 for one in again]
+    assert shares == [False, True, True]
+    table = lab.build(tmp_path / "store", "--dry-run", "--worker", "2/3").out
+    assert f"worker 2/3 would build {dry[1]['rows_built']} rows" in table
