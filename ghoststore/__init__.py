@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ghoststore.checkpoint.nanogpt import load_nanogpt as load_nanogpt
     from ghoststore.corpus import Corpus as Corpus
+    from ghoststore.server.serve import Explorer as Explorer
+    from ghoststore.server.serve import serve as serve
     from ghoststore.settings.fields import Fields as Fields
     from ghoststore.settings.projection import ProjectionConfig as ProjectionConfig
     from ghoststore.settings.train import TrainConfig as TrainConfig

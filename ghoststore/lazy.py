@@ -63,6 +63,8 @@ FACE = {
     "self_influence": "query.answer.self_influence",
     "QueryResult": "query.answer.results",
     "Session": "query.answer.session",
+    "serve": "ghoststore.server.serve",
+    "Explorer": "ghoststore.server.serve",
     "ScoresResult": "query.training_scores.results",
     "scores": "query.training_scores.scores",
     "select": "query.select.select",

@@ -44,6 +44,7 @@ COMMANDS = {
     "mv": "give a part or a training run another name",
     "cp": "a checked copy of a part or a training run, also to another store",
     "export": "the vectors of a part to safetensors, npy or parquet",
+    "serve": "a page to ask a store and look at it, and the same as JSON",
     "doctor": "would a store of this model, on this machine, be right?",
     "demo": "the whole story on this machine, nothing downloaded",
 }
@@ -57,6 +58,7 @@ AFTER_INTERRUPT = {
     # Once it may have written something, it says so itself.
     "train": "The same command starts again, or goes on from its newest checkpoint.",
     "watch": "",
+    "serve": "",
 }
 """What to say after Ctrl-C or SIGTERM, by command; of the others STARTS_OVER."""
 

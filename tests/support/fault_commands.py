@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ghoststore.cli import COMMANDS
 
-READ_ONLY = ("info", "verify", "watch")
+READ_ONLY = ("info", "serve", "verify", "watch")
 """Commands that write nothing."""
 LONG = ("demo", "doctor")
 """Commands that are made of the others (demo), or write one file that they remove (doctor)."""

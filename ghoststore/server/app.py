@@ -1,0 +1,152 @@
+"""The addresses of the explorer, and what answers them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+from contextlib import suppress
+from importlib.resources import files
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from ghoststore.errors import GhostStoreError, UsageError
+from ghoststore.progress import Silent
+from ghoststore.server.guard import Guard, TooLargeError, too_large
+from ghoststore.server.openapi import document
+from ghoststore.server.problems import JSON, of_library, problem
+from ghoststore.server.questions import Questions, WithdrawnError
+from ghoststore.server.samples import sample
+from ghoststore.settings.serve import ServeOptions
+from ghoststore.shown import json_text
+from ghoststore.store.info import info
+
+KINDS = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+PAGE = "index.html"
+NEVER = 499
+"""The status of an answer that nobody waits for."""
+
+
+def pages() -> dict[str, tuple[str, bytes]]:
+    """(type, bytes) of every file of the page, by its path. Requests are looked up here, and nowhere on the disk."""
+    table = {}
+    for file in files("ghoststore.server").joinpath("pages").iterdir():
+        kind = KINDS.get(f".{file.name.rpartition('.')[2]}")
+        if kind is not None:
+            table["/" if file.name == PAGE else f"/static/{file.name}"] = kind, file.read_bytes()
+    return table
+
+
+def application(options: ServeOptions, questions: Questions, token: str, port: int) -> Guard:
+    """The ASGI application of one store."""
+    static = pages()
+    api = Interface(options, questions)
+
+    async def page(request: Request) -> Response:
+        kind, content = static[request.url.path]
+        return Response(content, media_type=kind)
+
+    app = Starlette(
+        routes=[
+            *(Route(path, page) for path in static),
+            Route("/openapi.json", api.openapi),
+            Route("/api/store", api.store),
+            Route("/api/query", api.query, methods=["POST"]),
+            Route("/api/sample/{part}/{row}", api.sample),
+        ],
+        exception_handlers={
+            GhostStoreError: _library,
+            HTTPException: _http,
+            TooLargeError: _large,
+            WithdrawnError: _withdrawn,
+            Exception: _bug,
+        },
+    )
+    app.router.redirect_slashes = False
+    return Guard(app, token=token, port=port, public=tuple(static))
+
+
+class Interface:
+    """The JSON interface."""
+
+    def __init__(self, options: ServeOptions, questions: Questions) -> None:
+        self._options, self._questions = options, questions
+
+    async def store(self, request: Request) -> Response:
+        """What ``ghoststore info --json`` prints."""
+        store_info = await asyncio.to_thread(info, self._options.store)
+        return Response(json_text(store_info.to_json()).encode(), media_type=JSON)
+
+    async def sample(self, request: Request) -> Response:
+        """One sample of a part, by its row in the corpus."""
+        part, row = request.path_params["part"], request.path_params["row"]
+        if not (row.isascii() and row.isdigit()) or len(row) > 18:
+            raise HTTPException(404, f"{row!r:.40} is no row: rows are numbered from 0")
+        found = await asyncio.to_thread(sample, str(self._options.store), part, int(row), self._options.data, Silent())
+        if found is None:
+            raise HTTPException(404, f"part {part!r} has no row of the corpus's row {int(row):,}")
+        return Response(json_text(found).encode(), media_type=JSON)
+
+    async def query(self, request: Request) -> Response:
+        """What ``ghoststore query --json`` prints, and ``explorer``, what the page says beside it."""
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise HTTPException(415, "a question is JSON: send it as `Content-Type: application/json`")
+        try:
+            question = json.loads(await request.body())
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"the question is no JSON: {error}") from None
+        if not isinstance(question, dict):
+            raise UsageError('a question is an object: {"val_set": ["a text"]}')
+        withdrawn = threading.Event()
+        watch = asyncio.create_task(_gone(request, withdrawn))
+        try:
+            return Response(await self._questions.answer(question, withdrawn), media_type=JSON)
+        finally:
+            withdrawn.set()  # if this task was cancelled, a thread still works on it
+            watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await watch
+
+    async def openapi(self, request: Request) -> Response:
+        """This interface as an OpenAPI document."""
+        return Response(json_text(document()).encode(), media_type=JSON)
+
+
+async def _gone(request: Request, withdrawn: threading.Event) -> None:
+    """Set ``withdrawn`` when the asker has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    withdrawn.set()
+
+
+async def _library(request: Request, error: Exception) -> Response:
+    assert isinstance(error, GhostStoreError)
+    return of_library(error)
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return problem(error.status_code, str(error.detail))
+
+
+async def _large(request: Request, error: Exception) -> Response:
+    return problem(413, too_large())
+
+
+async def _withdrawn(request: Request, error: Exception) -> Response:
+    return problem(NEVER, "the question was given up: its asker has gone, or the server ends")
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    logging.getLogger("ghoststore.server").error("%s %s", request.method, request.url.path, exc_info=error)
+    return problem(500, f"{type(error).__name__}: {error}", type(error).__name__, 1)

@@ -1,0 +1,116 @@
+"""The JSON interface, described as an OpenAPI document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+from ghoststore import __version__
+from ghoststore.server.questions import MOST_ROWS, OFFERED, ROWS
+from ghoststore.settings.option import KEY, choices_of, members_of
+from ghoststore.settings.question import QueryOptions
+
+ERRORS = {
+    "400": "The question cannot be used as given (exit code 2).",
+    "401": "The token is missing, or another one.",
+    "403": "Another host or origin.",
+    "404": "There is no such part or row.",
+    "409": "Settings do not fit what is stored (exit code 3).",
+    "413": "The body is too large.",
+    "500": "Stored bytes are damaged (exit code 4), or a bug (1).",
+    "503": "Too many questions wait (exit code 5).",
+}
+TYPES: dict[Any, str] = {bool: "boolean", int: "integer", float: "number", str: "string"}
+
+
+def document() -> dict[str, Any]:
+    """The OpenAPI document. The options of a question are those of ``ghoststore query``, with their help."""
+    specs = {spec.name: spec for spec in fields(QueryOptions)}
+    question = {
+        "type": "object",
+        "required": ["val_set"],
+        "additionalProperties": False,
+        "properties": {name: _rows(specs[name]) if name in ROWS else _schema(specs[name]) for name in OFFERED},
+    }
+    row = [
+        {"name": "part", "in": "path", "required": True, "schema": {"type": "string"}},
+        {"name": "row", "in": "path", "required": True, "schema": {"type": "integer", "minimum": 0}},
+    ]
+    body = {"required": True, "content": {"application/json": {"schema": question}}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "ghoststore", "version": __version__},
+        "security": [{"token": []}],
+        "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+        "paths": {
+            "/api/store": {"get": _operation("What `ghoststore info --json` prints.", "400 500")},
+            "/api/query": {
+                "post": {
+                    **_operation(
+                        "What `ghoststore query --json` prints, and `explorer`: words about it.", "400 409 413 500 503"
+                    ),
+                    "requestBody": body,
+                }
+            },
+            "/api/sample/{part}/{row}": {
+                "get": {
+                    **_operation("A sample, by its row in the corpus: text, kept fields, status.", "400 404 500"),
+                    "parameters": row,
+                }
+            },
+        },
+    }
+
+
+def _operation(summary: str, errors: str) -> dict[str, Any]:
+    codes = sorted({*errors.split(), "401", "403"})
+    error = {
+        "type": "object",
+        "properties": {
+            "error": {
+                "type": "object",
+                "properties": {
+                    "type": {"type": "string"},
+                    "message": {"type": "string"},
+                    "exit_code": {"type": ["integer", "null"]},
+                },
+            }
+        },
+    }
+    content = {"application/json": {"schema": error}}
+    return {
+        "summary": summary,
+        "responses": {
+            "200": {"description": "Done.", "content": {"application/json": {"schema": {"type": "object"}}}},
+            **{code: {"description": ERRORS[code], "content": content} for code in codes},
+        },
+    }
+
+
+def _rows(spec: Field[Any]) -> dict[str, Any]:
+    texts = {"type": "array", "minItems": 1, "items": {"type": "string"}}
+    rows = {"type": "array", "minItems": 1, "items": {"type": "object"}}
+    return {"description": f"Texts, or rows as in a jsonl file. {_help(spec)}", "oneOf": [texts, rows]}
+
+
+def _help(spec: Field[Any]) -> str:
+    metadata: Mapping[str, Any] = spec.metadata
+    return str(metadata[KEY].help)
+
+
+def _schema(spec: Field[Any]) -> dict[str, Any]:
+    members = members_of(spec.type)
+    kinds = [TYPES[member] for member in members if member in TYPES]
+    schema: dict[str, Any] = {"description": _help(spec)}
+    if choices := choices_of(spec):
+        schema |= {"enum": list(choices)}
+    elif spec.name in ("layers", "exclude_layers"):
+        schema |= {"type": "array", "items": {"type": "string"}}
+    else:
+        schema |= {"type": kinds[0]}
+    if spec.name in ("top_k", "bottom_k"):
+        schema |= {"minimum": 0, "maximum": MOST_ROWS}
+    if spec.default not in (MISSING, None, ()):
+        schema |= {"default": spec.default}
+    return schema

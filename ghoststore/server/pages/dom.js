@@ -1,0 +1,43 @@
+// Elements are made here, and texts enter them as text nodes alone.
+
+export const byId = (id) => document.getElementById(id);
+
+// make("p", { class: "hint" }, "text", element): attributes, then children; null and "" are left out.
+export function make(name, attributes, ...children) {
+  const element = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes || {})) {
+    if (value !== null && value !== undefined) element.setAttribute(key, value);
+  }
+  element.append(...children.filter((child) => child !== null && child !== undefined && child !== ""));
+  return element;
+}
+
+export function facts(pairs) {
+  const list = make("dl");
+  for (const [name, value] of pairs) {
+    if (value !== null && value !== undefined && value !== "") list.append(make("dt", {}, name), make("dd", {}, value));
+  }
+  return list;
+}
+
+export function copyButton(words, text) {
+  const button = make("button", { type: "button", class: "plain" }, words);
+  button.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(text());
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = words; }, 1500);
+  });
+  return button;
+}
+
+export const whole = (number) => number.toLocaleString("en");
+
+export function bytes(number) {
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  let place = 0;
+  for (; number >= 1024 && place < units.length - 1; place += 1) number /= 1024;
+  return `${number.toFixed(place && number < 10 ? 1 : 0)} ${units[place]}`;
+}
+
+export const problem = (error) => make("p", { class: "problem", role: "alert" }, error.message);
+export const busy = (words) => make("p", { class: "hint busy", role: "status" }, words);
