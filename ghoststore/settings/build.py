@@ -15,6 +15,7 @@ from ghoststore.settings.shared import (
     VECTOR_DTYPES,
     Checkpoint,
     CorpusOptions,
+    EngineOptions,
     LengthOptions,
     ModelOptions,
     ProgressOption,
@@ -40,7 +41,7 @@ def worker_of(text: str) -> tuple[int, int]:
 
 
 @options
-class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, ModelOptions):
+class BuildOptions(ProgressOption, EngineOptions, LengthOptions, CorpusOptions, StoreOption, ModelOptions):
     """Options of ``ghoststore build``."""
 
     checkpoint: Checkpoint | None = option(None, f"{CHECKPOINT} With `like` that of the part.", "Model")
@@ -93,7 +94,13 @@ class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, Mo
         metavar="I/N",
     )
     workers: int | None = option(
-        None, "Build by so many processes of this machine, one a GPU where there are GPUs.", "Advanced", metavar="N"
+        None,
+        "Build by so many processes of this machine, one a GPU where there are GPUs; or by so many of Ray's actors.",
+        "Advanced",
+        metavar="N",
+    )
+    num_gpus: float | None = option(
+        None, "GPUs of each of Ray's actors (default: 1 where the cluster has GPUs).", "Advanced"
     )
     devices: Sequence[str] = option(
         (), "Devices of the workers, in turn: 0,1 are GPUs (default: every GPU).", "Advanced", metavar="DEVICES"
@@ -103,18 +110,23 @@ class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, Mo
     def __post_init__(self) -> None:
         check_at_least(1, batch_tokens=self.batch_tokens, max_samples=self.max_samples, workers=self.workers)
         check_at_least(0, skip_samples=self.skip_samples)
+        self.check_engine()
+        if self.engine is None and self.num_gpus is not None:
+            raise UsageError("`num_gpus` belongs to `engine=ray`")
+        if self.engine is not None and (self.worker is not None or self.devices):
+            raise UsageError("`engine=ray` places workers itself: leave out `worker` and `devices`")
         if self.worker is not None and self.worker != AUTO:
             worker_of(self.worker)
         if self.worker is not None and self.workers is not None:
             raise UsageError("`worker` is one of several that are started elsewhere, `workers` starts them: give one")
         if self.devices and self.workers is None:
             raise UsageError("`devices` are those of `workers`: give that, too, or `device` for a build by one process")
-        if (self.worker or self.workers) and any(map(in_memory, (self.data, self.checkpoint, self.tokenizer))):
+        if self.several and any(map(in_memory, (self.data, self.checkpoint, self.tokenizer))):
             raise UsageError(
                 "several workers each open the checkpoint, the tokenizer and the corpus: save what is in memory, and "
                 "give paths"
             )
-        if (self.worker or self.workers) and self.stdin:
+        if self.several and self.stdin:
             raise UsageError("standard input can be read only once, not by several workers: give a file")
         if self.dry_run and self.stdin:
             raise UsageError("`dry_run` cannot read standard input: the corpus would be used up; give a file")
@@ -124,6 +136,11 @@ class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, Mo
         """The checkpoint: given, or once `like` is resolved."""
         assert self.checkpoint is not None
         return self.checkpoint
+
+    @property
+    def several(self) -> bool:
+        """Whether several processes build."""
+        return any(given is not None for given in (self.worker, self.workers, self.engine))
 
     @property
     def stdin(self) -> bool:

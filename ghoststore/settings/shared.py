@@ -5,6 +5,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
+from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.settings.fields import Fields
 from ghoststore.settings.option import about, option, options
@@ -88,6 +89,23 @@ class DeviceOption:
     """The option for the device to compute on."""
 
     device: str = option("auto", "cpu, cuda, cuda:N, or auto.", "Advanced")
+
+
+@options
+class EngineOptions:
+    """The options for who does the work."""
+
+    engine: Literal["ray"] | None = option(
+        None, "ray: the work is done on a Ray cluster, or by Ray on this machine.", "Advanced"
+    )
+    ray_address: str | None = option(
+        None, "Address of the cluster (default: RAY_ADDRESS, or Ray on this machine).", "Advanced", metavar="ADDRESS"
+    )
+
+    def check_engine(self) -> None:
+        """UsageError for options of Ray without Ray."""
+        if self.engine is None and self.ray_address is not None:
+            raise UsageError("`ray_address` belongs to `engine=ray`")
 
 
 @options

@@ -55,8 +55,9 @@ def build(options: BuildOptions) -> BuildReport:
     result is byte-identical to that of an uninterrupted build.
 
     ``workers`` processes of this machine build side by side; with ``worker="2/8"`` this process builds the second of
-    eight shares beside others, on this machine or others that see the same store (see ``docs/scale.md``). Whoever comes
-    first plans the part and learns the projection, once; the others wait for that.
+    eight shares beside others, on this machine or others that see the same store; with ``engine="ray"`` actors of a Ray
+    cluster build (see ``docs/scale.md``). Whoever comes first plans the part and learns the projection, once; the
+    others wait for that.
 
     Raises CheckpointError, CorpusError, LayerError or UsageError for inputs that cannot be used, MismatchError if the
     part exists and is of another build, CorruptError (before anything is computed) if a file of what is committed is
@@ -65,7 +66,11 @@ def build(options: BuildOptions) -> BuildReport:
     """
     progress = options.progress or Silent()
     options = resolved(options)
-    if options.workers is not None and not options.dry_run:
+    if not options.dry_run and options.engine == "ray":
+        from indexer.build.on_ray import build_on_ray  # its actors call `opened`, below
+
+        return build_on_ray(options, progress)
+    if not options.dry_run and options.workers is not None:
         return build_side_by_side(options, progress)
     share = Share.given(options.worker)
     if options.worker == AUTO:

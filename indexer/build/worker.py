@@ -11,53 +11,14 @@ from typing import Any
 
 from ghoststore.errors import GhostStoreError
 from ghoststore.processes import end_with
-from ghoststore.progress import Task
 from ghoststore.settings.build import BuildOptions
 from ghoststore.store import Part
 from indexer.build.build import opened
+from indexer.build.crew import Done, Ready
 from indexer.build.report import BuildReport
+from indexer.build.sent import Sent
 from indexer.build.spans import compute_spans
-from indexer.build.workers import HANG_UP, Done, Event, Ready
-
-
-class _Sent:
-    """The listener of progress of a worker: it sends what happens."""
-
-    def __init__(self, pipe: Connection[Any, Any]) -> None:
-        self._pipe = pipe
-        self._lock = threading.Lock()
-        self._tasks = 0
-
-    def send(self, message: Any) -> None:
-        with self._lock:
-            self._pipe.send(message)
-
-    def task(self, description: str, total: int | None, done: int = 0, unit: str = "rows") -> Task:
-        with self._lock:
-            self._tasks += 1
-            number = self._tasks
-        self.send(Event(task=number, begins=(description, total, done, unit)))
-        return _SentTask(self, number)
-
-    def note(self, message: str) -> None:
-        self.send(Event(words=message))
-
-
-class _SentTask:
-    def __init__(self, sent: _Sent, number: int) -> None:
-        self._sent, self._number = sent, number
-
-    def advance(self, rows: int, tokens: int = 0) -> None:
-        self._sent.send(Event(task=self._number, rows=rows, tokens=tokens))
-
-    def expect(self, seconds: float, besides: str) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        self._sent.send(Event(task=self._number, words=text))
-
-    def close(self) -> None:
-        self._sent.send(Event(task=self._number, ends=True))
+from indexer.build.workers import HANG_UP
 
 
 def serve(pipe: Connection[Any, Any], parent: int) -> None:
@@ -72,7 +33,7 @@ def serve(pipe: Connection[Any, Any], parent: int) -> None:
             os._exit(0)
 
     end_with(parent)
-    sent = _Sent(pipe)
+    sent = Sent(pipe.send)
     options = BuildOptions(**pipe.recv())
     threading.Thread(target=listen, daemon=True).start()
     try:

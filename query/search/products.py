@@ -10,16 +10,17 @@ of a segment.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ghoststore.store import Part
 from ghoststore.store.part.encoding import Groups
+from query.search.kernel import CodeKernel, Segment, vector_bytes
 from query.search.vectors import StoredRows
 
 PIECE = 2048
@@ -32,6 +33,8 @@ ROUNDINGS = 8
 """Roundings of query, norm, factor, scale, score and bound on the way from a product to a screened score, at most."""
 TILE_BYTES = 2 << 20
 """Bytes of float32 rows that are decoded for one product: a tile stays in the processor's cache."""
+MANY_BYTES = 4 << 20
+"""Bytes of rows for which the calls of torch take little of the time."""
 WIDEST = 4096
 """Most numbers of a segment: its products stay below 2^31 and its unpacked rows in the cache."""
 LARGEST = 127
@@ -39,6 +42,10 @@ LARGEST = 127
 LEAST_SLICES, MOST_SLICES = 2, 3
 COMBINED = 1 << 18
 """Integer products that wait to be scaled and summed."""
+KERNEL_QUERIES = 32
+"""Queries up to which the compiled kernel is faster than torch's matrix product."""
+KERNEL_NUMBERS = 1 << 28
+"""Numbers of all rows, times queries, from which on the kernel saves more than importing and compiling it takes."""
 FEW_COLUMNS = 4
 """Columns up to which as many matrix-vector products are faster than a matrix product, which pads them to 16."""
 
@@ -49,14 +56,24 @@ class Products(Protocol):
     error_Q: Tensor
     """(Q,) float64: the largest error of a product with a row of length 1, and of the roundings up to its score."""
 
+    bytes_at_once: int
+    """Bytes of stored rows from which on more at once are not faster."""
+
     def of(self, rows: StoredRows) -> Tensor:
         """(R, Q) float32."""
 
 
 def products_of(part: Part, unit_QD: Tensor) -> Products:
-    """The fastest products of rows of ``part``, as they lie in the store, with the queries (Q, D) float64 on a CPU."""
-    if part.encoding.scaled and integers_are_exact():
-        return CodeProducts(unit_QD, part.groups, packed=part.layout.dtype == "onebit")
+    """The fastest products of rows of ``part`` with the queries (Q, D) float64, on their device: of rows as they lie in
+    the store on a CPU, of decoded rows elsewhere.
+    """
+    packed, queries = part.layout.dtype == "onebit", len(unit_QD)
+    if part.encoding.scaled and unit_QD.device.type == "cpu":
+        numbers = part.rows * part.layout.dimension
+        if queries <= KERNEL_QUERIES and numbers * queries >= KERNEL_NUMBERS and (width := vector_bytes()):
+            return KernelProducts(unit_QD, part.groups, packed, width)
+        if integers_are_exact():
+            return CodeProducts(unit_QD, part.groups, packed)
     return FloatProducts(unit_QD)
 
 
@@ -103,6 +120,8 @@ def cheap_products(rows_RD: Tensor, query_DQ: Tensor) -> Tensor:
 class FloatProducts:
     """Products in float32 of rows of any encoding, decoded tile by tile, on the device of the queries."""
 
+    bytes_at_once = MANY_BYTES
+
     def __init__(self, unit_QD: Tensor) -> None:
         self._query_DQ = unit_QD.float().t().contiguous()
         # Inputs are rounded to TF32 where the user allows that on a GPU.
@@ -121,56 +140,63 @@ class FloatProducts:
         return torch.cat(tiles)
 
 
-@dataclass(frozen=True, slots=True)
-class _Segment:
-    """Columns ``start`` to ``stop`` of block ``group``, and the integers of the queries there."""
-
-    group: int
-    start: int
-    stop: int
-    slices_KC: Tensor
-    """(K, C) int8."""
-    columns: list[Tensor]
-    """The same, column by column (K, 1) contiguous, if there are few."""
-
-
-class CodeProducts:
-    """Products of codes with queries in integers, block by block, on the CPU.
+def sliced(unit_QD: Tensor, groups: Groups) -> tuple[list[Segment], Tensor]:
+    """The queries in integers, segment by segment, and the largest error (Q,) of their products with a row of length 1.
 
     In each segment a query is q = Σ step·slice + rest: the slices are integers of magnitude ≤ 127, each made of what
     the ones before it left, with a step of its own. A row is scale · code in each block. So its product with the query
     is Σ scale·step·⟨code, slice⟩ + ⟨row, rest⟩. The first sum is exact but for roundings in float64; the last term is
-    at most the length of the row times that of the rest (Cauchy and Schwarz), which is what :attr:`error_Q` holds.
+    at most the length of the row times that of the rest (Cauchy and Schwarz), which is what the error holds.
+    """
+    length_Q = unit_QD.norm(dim=1)
+    for slices in range(LEAST_SLICES, MOST_SLICES + 1):
+        rest_QD = unit_QD.clone()
+        segments = [
+            Segment(group, first, last, *_slice(rest_QD[:, first:last], slices))
+            for group, (_, start, stop) in enumerate(groups)
+            for first in range(start, stop, WIDEST)
+            for last in [min(first + WIDEST, stop)]
+        ]
+        rest_Q = rest_QD.norm(dim=1)
+        if bool((rest_Q <= product_error(PIECE) * length_Q).all()):
+            break  # as good as float32
+    return segments, rest_Q * (1 + 2.0**-20) + ROUNDINGS * UNIT * length_Q
+
+
+class KernelProducts:
+    """Products of codes with queries in integers, by the compiled :class:`CodeKernel`, on the CPU."""
+
+    bytes_at_once = 1 << 19
+
+    def __init__(self, unit_QD: Tensor, groups: Groups, packed: bool, width: int) -> None:
+        segments, self.error_Q = sliced(unit_QD, groups)
+        self._kernel = CodeKernel(segments, packed=packed, width=width)
+
+    def of(self, rows: StoredRows) -> Tensor:
+        assert rows.scale_RG is not None
+        return self._kernel(rows.stored, rows.scale_RG).float()
+
+
+class CodeProducts:
+    """Products of codes with queries in integers, block by block, by torch on the CPU.
 
     Codes of one bit are multiplied as 0 and 1: ⟨±1, slice⟩ = 2·⟨bit, slice⟩ - Σ slice.
     """
 
+    bytes_at_once = MANY_BYTES
+
     def __init__(self, unit_QD: Tensor, groups: Groups, packed: bool) -> None:
         self._packed, self._queries = packed, len(unit_QD)
-        length_Q = unit_QD.norm(dim=1)
-        for slices in range(LEAST_SLICES, MOST_SLICES + 1):
-            rest_QD = unit_QD.clone()
-            cut = [
-                (group, first, min(first + WIDEST, stop))
-                for group, (_, start, stop) in enumerate(groups)
-                for first in range(start, stop, WIDEST)
-            ]
-            segments, steps = [], []
-            for group, start, stop in cut:
-                slices_CK, step_C = _slice(rest_QD[:, start:stop], slices)
-                # A copy: the strides of a transposed single row mislead the integer product.
-                slices_KC = slices_CK.t().clone(memory_format=torch.contiguous_format)
-                few = len(slices_CK) <= FEW_COLUMNS
-                columns = [column_K.unsqueeze(1).contiguous() for column_K in slices_CK] if few else []
-                segments.append(_Segment(group, start, stop, slices_KC, columns))
-                steps.append(step_C)
-            rest_Q = rest_QD.norm(dim=1)
-            if bool((rest_Q <= product_error(PIECE) * length_Q).all()):
-                break  # as good as float32
-        self._segments, self._step_NC = segments, torch.stack(steps)
-        self._sum_NC = torch.stack([segment.slices_KC.sum(0, dtype=torch.int64) for segment in segments]).double()
-        self._group_N = torch.tensor([segment.group for segment in segments])
-        self.error_Q = rest_Q * (1 + 2.0**-20) + ROUNDINGS * UNIT * length_Q
+        self._segments, self.error_Q = sliced(unit_QD, groups)
+        # C slice by slice.
+        slices_NCK = [torch.from_numpy(segment.slices_SQK).flatten(0, 1) for segment in self._segments]
+        # A copy: the strides of a transposed single row mislead the integer product.
+        self._slices_NKC = [x_CK.t().clone(memory_format=torch.contiguous_format) for x_CK in slices_NCK]
+        few = len(slices_NCK[0]) <= FEW_COLUMNS
+        self._columns = [[x_K.unsqueeze(1).contiguous() for x_K in x_CK] if few else [] for x_CK in slices_NCK]
+        self._step_NC = torch.from_numpy(np.stack([segment.step_SQ.ravel() for segment in self._segments]))
+        self._sum_NC = torch.stack([x_CK.sum(1, dtype=torch.int64) for x_CK in slices_NCK]).double()
+        self._group_N = torch.tensor([segment.group for segment in self._segments])
 
     def of(self, rows: StoredRows) -> Tensor:
         assert rows.scale_RG is not None
@@ -178,35 +204,37 @@ class CodeProducts:
         total_RC = torch.zeros(len(rows), columns, dtype=torch.float64)
         step = max(1, COMBINED // max(1, total_RC.numel()))
         for first in range(0, len(self._segments), step):
-            batch = slice(first, first + step)
-            products_NRC = torch.empty(len(self._segments[batch]), len(rows), columns, dtype=torch.int32)
-            for segment, products_RC in zip(self._segments[batch], products_NRC, strict=True):
-                self._multiply(rows.stored, segment, products_RC)
+            batch = range(first, min(first + step, len(self._segments)))
+            products_NRC = torch.empty(len(batch), len(rows), columns, dtype=torch.int32)
+            for place, products_RC in zip(batch, products_NRC, strict=True):
+                self._multiply(rows.stored, place, products_RC)
+            segments = slice(first, first + step)
             wide_NRC = products_NRC.double()
             if self._packed:
-                wide_NRC.mul_(2).sub_(self._sum_NC[batch, None])
-            wide_NRC *= self._step_NC[batch, None]
-            scale_RN = rows.scale_RG[:, self._group_N[batch]].double()
+                wide_NRC.mul_(2).sub_(self._sum_NC[segments, None])
+            wide_NRC *= self._step_NC[segments, None]
+            scale_RN = rows.scale_RG[:, self._group_N[segments]].double()
             total_RC += torch.einsum("nrc,rn->rc", wide_NRC, scale_RN)
         return total_RC.view(len(rows), -1, self._queries).sum(1).float()
 
-    def _multiply(self, stored: Tensor, segment: _Segment, products_RC: Tensor) -> None:
-        """Write the products of the codes of a segment with its slices, int32."""
+    def _multiply(self, stored: Tensor, place: int, products_RC: Tensor) -> None:
+        """Write the products of the codes of the segment at ``place`` with its slices, int32."""
+        segment = self._segments[place]
         if self._packed:
             byte = segment.start // 8
             bits = np.unpackbits(stored[:, byte : -(-segment.stop // 8)].numpy(), axis=1, bitorder="little")
             codes_RK = torch.from_numpy(bits[:, segment.start - 8 * byte : segment.stop - 8 * byte].view(np.int8))
         else:
             codes_RK = stored[:, segment.start : segment.stop]
-        if not segment.columns:
-            torch._int_mm(codes_RK, segment.slices_KC, out=products_RC)
+        if not self._columns[place]:
+            torch._int_mm(codes_RK, self._slices_NKC[place], out=products_RC)
             return
-        for column, slice_K1 in enumerate(segment.columns):
+        for column, slice_K1 in enumerate(self._columns[place]):
             products_RC[:, column] = torch._int_mm(codes_RK, slice_K1)[:, 0]
 
 
-def _slice(rest_QK: Tensor, slices: int) -> tuple[Tensor, Tensor]:
-    """(slices (C, K) int8, their steps (C,) float64), C slice by slice; they are subtracted from ``rest_QK``."""
+def _slice(rest_QK: Tensor, slices: int) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
+    """(slices (S, Q, K), their steps (S, Q)); they are subtracted from ``rest_QK``."""
     numbers, steps = [], []
     for _ in range(slices):
         step_Q = rest_QK.abs().amax(1) / LARGEST
@@ -215,4 +243,4 @@ def _slice(rest_QK: Tensor, slices: int) -> tuple[Tensor, Tensor]:
         rest_QK -= whole_QK * step_Q.unsqueeze(1)
         numbers.append(whole_QK.to(torch.int8))
         steps.append(step_Q)
-    return torch.cat(numbers), torch.cat(steps)
+    return torch.stack(numbers).numpy(), torch.stack(steps).numpy()

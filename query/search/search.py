@@ -5,6 +5,7 @@ Legend: Q queries, R rows of a piece, D numbers of a vector, G blocks.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -17,12 +18,11 @@ from torch import Tensor
 from ghoststore.progress import Task
 from ghoststore.store import Part
 from ghoststore.store.part.status import FIRST_UNUSABLE
-from ghoststore.store.spans.reader import read_span
 from query.search.part_score import Metric, Term
-from query.search.products import products_of
+from query.search.products import Products, products_of
 from query.search.second_moment import DampedInverse
-from query.search.units import Units, on_threads
-from query.search.vectors import DECODED_BYTES, PartVectors, StoredRows, side_by_side
+from query.search.units import Unit, Units, on_threads
+from query.search.vectors import DECODED_BYTES, PartVectors, SpanColumn, StoredRows, side_by_side
 
 Combine = Literal["max"]
 Result = TypeVar("Result")
@@ -59,8 +59,16 @@ class RunningTopK:
 
     def __init__(self, queries: int, k: int) -> None:
         self.k = k
+        self._adding = threading.Lock()
         self.scores = np.full((queries, k), -np.inf)
         self.rows = np.full((queries, k), -1, dtype=np.int64)
+
+    def consider(
+        self, cheap_RQ: Tensor, slack_RQ: Tensor, usable_R: Tensor, first_row: int, exact: Exact, sign: float = 1.0
+    ) -> None:
+        """Add the pairs that may rank, of rows from ``first_row`` on. See :meth:`candidates`."""
+        if self.k:
+            self.add(self.candidates(cheap_RQ, slack_RQ, usable_R, first_row, exact, sign))
 
     def candidates(
         self, cheap_RQ: Tensor, slack_RQ: Tensor, usable_R: Tensor, first_row: int, exact: Exact, sign: float = 1.0
@@ -70,13 +78,14 @@ class RunningTopK:
         Their scores times ``sign`` lie within ``slack_RQ`` of ``cheap_RQ``. ``exact(places, queries)`` gives the scores
         of pairs, float64. Other threads may add pairs meanwhile: a bound that is out of date rules out less.
         """
-        none = np.zeros(0, dtype=np.int64)
-        if self.k == 0:
-            return none, none, np.zeros(0)
         bound_Q = torch.from_numpy(self.scores[:, -1].astype(np.float32)).to(cheap_RQ.device)
         highest_RQ = cheap_RQ + slack_RQ
         candidate_RQ = (highest_RQ >= bound_Q) & usable_R.unsqueeze(1)
-        if int(candidate_RQ.sum()) > 4 * candidate_RQ.shape[1] * self.k:
+        candidates = int(candidate_RQ.sum())
+        if not candidates:
+            none = np.zeros(0, dtype=np.int64)
+            return none, none, np.zeros(0)
+        if candidates > 4 * candidate_RQ.shape[1] * self.k:
             # Too many, as in a first piece: leave out rows that stay below what k rows of this piece surely reach.
             lowest_RQ = (cheap_RQ - slack_RQ).masked_fill_(~usable_R.unsqueeze(1), -torch.inf)
             reached_Q = lowest_RQ.topk(min(self.k, len(lowest_RQ)), dim=0).values[-1]
@@ -86,10 +95,13 @@ class RunningTopK:
         return place + first_row, query, exact(place, query) * sign
 
     def add(self, pairs: Pairs) -> None:
-        """Merge pairs into the k best of each query: higher score first, then lower row. In any order of calls."""
+        """Merge pairs into the k best of each query: higher score first, then lower row. In any order of calls, of
+        any thread.
+        """
         row, query, score = pairs
         if len(row):
-            self._merge(row, query, score)
+            with self._adding:
+                self._merge(row, query, score)
 
     def _merge(self, row: NDArray[np.int64], query: NDArray[np.int64], score: NDArray[np.float64]) -> None:
         touched, column = np.unique(query, return_inverse=True)
@@ -114,6 +126,7 @@ class RowFacts:
         preconditioner: DampedInverse | None = None,
     ) -> None:
         self._part, self._metric, self._weight, self._preconditioner = part, metric, weight, preconditioner
+        self._status, self._norm = SpanColumn(part, "status"), SpanColumn(part, "norm")
         self._columns: slice | NDArray[np.int64] = slice(None) if groups is None else np.asarray(groups, dtype=np.int64)
         self._span = -1
         self._usable = np.zeros(0, dtype=bool)
@@ -139,7 +152,7 @@ class RowFacts:
         return self._usable[inside], self._length[inside], self._factor[inside]
 
     def _read(self, span: int) -> None:
-        status, norm = (read_span(self._part, name, span) for name in ("status", "norm"))
+        status, norm = self._status(span), self._norm(span)
         self._usable = status < FIRST_UNUSABLE
         self._length = np.sqrt(np.square(norm[:, self._columns], dtype=np.float64).sum(1))
         if self._metric == "cosine":
@@ -165,10 +178,10 @@ def searched_spans(terms: Sequence[Term], allowed_N: NDArray[np.bool_] | None) -
     return [span for span in spans if allowed_N[slice(*layout.span_of(span))].any()]
 
 
-def _out_of_range(numbers_R: Tensor) -> Tensor:
+def _out_of_range(numbers_R: NDArray[np.float64]) -> NDArray[np.bool_]:
     """(R,): whether a number other than zero is so large or small that float32 products overflow or lose digits."""
-    size_R = numbers_R.abs()
-    return (size_R != 0) & ~((size_R >= 1 / SAFE) & (size_R <= SAFE))
+    size_R = np.abs(numbers_R)
+    return np.asarray((size_R != 0) & ~((size_R >= 1 / SAFE) & (size_R <= SAFE)))
 
 
 def pair_scores(
@@ -179,12 +192,16 @@ def pair_scores(
     Computed pair by pair, so that a score does not depend on the other rows of the piece.
     """
     scores = np.empty(len(places))
+    spare_PD = unit_QD.new_empty(0)
     for batch in _batches(len(places), unit_QD.shape[1]):
         row, query = places[batch], queries[batch]
+        if not spare_PD.numel():  # once, since new memory takes as long as a product
+            spare_PD = unit_QD.new_empty(len(row), unit_QD.shape[1])
         if len(row) == 1:  # nothing is gathered: long vectors are read where they lie
-            products_PD = rows_RD[row[0] : row[0] + 1].double() * unit_QD[query[0]]
+            products_PD = spare_PD[:1].copy_(rows_RD[row[0] : row[0] + 1]).mul_(unit_QD[query[0]])
         else:
-            products_PD = rows_RD[torch.from_numpy(row)].double() * unit_QD[torch.from_numpy(query)]
+            products_PD = spare_PD[: len(row)].copy_(rows_RD[torch.from_numpy(row)])
+            products_PD *= unit_QD[torch.from_numpy(query)]
         scores[batch] = (_sums(products_PD) * factor_R[torch.from_numpy(row)]).cpu().numpy()
     return scores
 
@@ -210,7 +227,12 @@ class _PieceScores:
     """
 
     def __init__(
-        self, terms: Sequence[Term], combine: Combine | None, device: str, allowed_N: NDArray[np.bool_] | None
+        self,
+        terms: Sequence[Term],
+        combine: Combine | None,
+        device: str,
+        allowed_N: NDArray[np.bool_] | None,
+        screened: bool,
     ) -> None:
         self.terms, self.combine, self._allowed_N = terms, combine, allowed_N
         self.device = torch.device(device)
@@ -221,7 +243,10 @@ class _PieceScores:
         """(columns,): factors that undo the scaling at the end."""
         self.queries = len(lengths_Q)
         self._unit_QD = [(term.queries_QD / torch.from_numpy(lengths_Q).unsqueeze(1)).to(self.device) for term in terms]
-        self._products = [products_of(term.part, unit_QD) for term, unit_QD in zip(terms, self._unit_QD, strict=True)]
+        self._products: list[Products] = []
+        """Of each term, what :meth:`cheap` needs. None without ``screened``."""
+        if screened:
+            self._products = [products_of(x.part, unit_QD) for x, unit_QD in zip(terms, self._unit_QD, strict=True)]
 
     @property
     def columns(self) -> int:
@@ -243,48 +268,50 @@ class _PieceScores:
                     StoredRows("float32", chunk.rows_RD, None, part.groups)
                     for chunk, part in zip(chunks, parts, strict=True)
                 ]
-                yield stop - start, work(self._piece(start, stop, rows, facts))
+                products = [x.of(chunk) for x, chunk in zip(self._products, rows, strict=False)]
+                yield stop - start, work(self._piece(Unit(start, stop, rows, products), facts))
             return
         for term in self.terms:
             if term.metric == "cosine" and term.preconditioner is not None:
                 term.preconditioner.self_influence()  # computed once, not by every thread
-        units = Units(parts)
+        units, own = Units(parts, self._products), threading.local()
 
         def work_on(span: int) -> list[tuple[int, Result]]:
-            facts = [RowFacts.for_term(term) for term in self.terms]
-            return [
-                (unit.stop - unit.start, work(self._piece(unit.start, unit.stop, unit.rows, facts)))
-                for unit in units.of_span(span)
-            ]
+            if not hasattr(own, "facts"):
+                own.facts = [RowFacts.for_term(term) for term in self.terms]
+            return [(unit.stop - unit.start, work(self._piece(unit, own.facts))) for unit in units.of_span(span)]
 
         for results in on_threads(work_on, units.announced(spans)):
             yield from results
 
-    def _piece(self, start: int, stop: int, rows: list[StoredRows], facts: list[RowFacts]) -> _Piece:
+    def _piece(self, unit: Unit, facts: list[RowFacts]) -> _Piece:
+        start, stop = unit.start, unit.stop
         of_rows = [fact.of(start, stop) for fact in facts]
         usable = np.logical_and.reduce([usable for usable, _, _ in of_rows])
         if self._allowed_N is not None:
             usable = usable & self._allowed_N[start:stop]
         factors = [torch.from_numpy(factor).to(self.device) for _, _, factor in of_rows]
         lengths = [torch.from_numpy(length).to(self.device) for _, length, _ in of_rows]
-        return _Piece(self, start, stop, torch.from_numpy(usable).to(self.device), rows, factors, lengths)
+        # Products of such numbers are not within their bound.
+        wild = [torch.from_numpy(_out_of_range(length) | _out_of_range(factor)) for _, length, factor in of_rows]
+        return _Piece(self, unit, torch.from_numpy(usable).to(self.device), factors, lengths, wild)
 
     def cheap(self, piece: _Piece) -> tuple[Tensor, Tensor]:
         """(float32 scores, their largest errors), each (R, columns)."""
         cheap_RQ = slack_RQ = torch.zeros(())
-        for place, (rows, products) in enumerate(zip(piece.rows, self._products, strict=True)):
-            factor_R = piece.factors[place]
-            product_RQ = products.of(rows).mul_(factor_R.float().unsqueeze(1))
+        for place, (product_RQ, products) in enumerate(zip(piece.unit.products, self._products, strict=True)):
+            factor_R, wild_R = piece.factors[place], piece.wild[place]
+            product_RQ = product_RQ.mul_(factor_R.float().unsqueeze(1))
             error_R = piece.lengths[place] * factor_R.abs()
             error_RQ = (error_R.unsqueeze(1) * products.error_Q).float()
-            wild_R = _out_of_range(piece.lengths[place]) | _out_of_range(factor_R)
-            if bool(wild_R.any()):  # the bound does not hold for them: score them exactly
+            if bool(wild_R.any()):  # score them exactly
+                wild_R = wild_R.to(self.device)
                 product_RQ[wild_R], error_RQ[wild_R] = 0.0, torch.inf
             cheap_RQ = product_RQ if place == 0 else cheap_RQ + product_RQ
             slack_RQ = error_RQ if place == 0 else slack_RQ + error_RQ
-        if len(piece.rows) > 1:
+        if len(piece.unit.rows) > 1:
             # The sum over parts is rounded, too.
-            slack_RQ = slack_RQ * (1 + 2.0**-20) + cheap_RQ.abs() * len(piece.rows) * 2.0**-23
+            slack_RQ = slack_RQ * (1 + 2.0**-20) + cheap_RQ.abs() * len(piece.unit.rows) * 2.0**-23
         if not self.combine:
             return cheap_RQ, slack_RQ
         return (
@@ -306,7 +333,7 @@ class _PieceScores:
     def _pairs(self, piece: _Piece, places: NDArray[np.int64], queries: NDArray[np.int64]) -> NDArray[np.float64]:
         """(pairs,) float64: the scores of pairs of a row of the piece and a query, summed over parts."""
         scores = np.zeros(len(places))
-        for unit_QD, rows, factor_R in zip(self._unit_QD, piece.rows, piece.factors, strict=True):
+        for unit_QD, rows, factor_R in zip(self._unit_QD, piece.unit.rows, piece.factors, strict=True):
             step = max(1, DECODED_BYTES // (4 * unit_QD.shape[1]) // 4)
             for first in range(0, len(places), step):
                 batch = slice(first, first + step)
@@ -318,8 +345,8 @@ class _PieceScores:
 
     def all_of(self, piece: _Piece) -> NDArray[np.float64]:
         """(Q, R) scores, summed in the order that :meth:`exact` sums in, so that equal rows have equal scores."""
-        scores = np.zeros((self.queries, piece.stop - piece.start))
-        for unit_QD, rows, factor_R in zip(self._unit_QD, piece.rows, piece.factors, strict=True):
+        scores = np.zeros((self.queries, len(piece.usable_R)))
+        for unit_QD, rows, factor_R in zip(self._unit_QD, piece.unit.rows, piece.factors, strict=True):
             step = max(1, ALL_BYTES // (8 * unit_QD.shape[1]))
             spare_RD = unit_QD.new_empty(min(step, len(rows)), unit_QD.shape[1])
             for first in range(0, len(rows), step):
@@ -334,15 +361,15 @@ class _PieceScores:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Rows ``start`` to ``stop`` of all terms: one entry for each term in ``rows``, ``factors`` and ``lengths``."""
+    """Rows of all terms: one entry for each term in ``factors``, ``lengths`` and ``wild``."""
 
     scores: _PieceScores
-    start: int
-    stop: int
+    unit: Unit
     usable_R: Tensor
-    rows: list[StoredRows]
     factors: list[Tensor]
     lengths: list[Tensor]
+    wild: list[Tensor]
+    """(R,) bool, on the CPU: whether the length or the factor of a row is :func:`_out_of_range`."""
 
     def exact(self, places: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float64]:
         """See :meth:`_PieceScores.exact`."""
@@ -372,17 +399,16 @@ def search(
 
     Raises CorruptError for a damaged chunk.
     """
-    scores = _PieceScores(terms, combine, device, allowed_N)
+    scores = _PieceScores(terms, combine, device, allowed_N, screened=True)
     best, worst = RunningTopK(scores.columns, top_k), RunningTopK(scores.columns, bottom_k)
 
-    def work(piece: _Piece) -> tuple[Pairs, Pairs]:
+    def work(piece: _Piece) -> None:
         cheap_RQ, slack_RQ = scores.cheap(piece)
-        of_piece = piece.usable_R, piece.start, piece.exact
-        return best.candidates(cheap_RQ, slack_RQ, *of_piece), worst.candidates(-cheap_RQ, slack_RQ, *of_piece, -1.0)
+        of_piece = piece.usable_R, piece.unit.start, piece.exact
+        best.consider(cheap_RQ, slack_RQ, *of_piece)
+        worst.consider(-cheap_RQ, slack_RQ, *of_piece, -1.0)
 
-    for rows, (highest, lowest) in scores.each(work):
-        best.add(highest)
-        worst.add(lowest)
+    for rows, _ in scores.each(work):
         if task:
             task.advance(rows)
     units = scores.units_Q[:, None]
@@ -401,13 +427,13 @@ def similarities(
 
     Memory: 8 bytes for each row and query, and one chunk. Raises CorruptError for a damaged chunk.
     """
-    scores = _PieceScores(terms, None, device, allowed_N)
+    scores = _PieceScores(terms, None, device, allowed_N, screened=False)
     terms[0].part.refuse_hollow()
     scores_QN = np.full((scores.queries, terms[0].part.layout.rows), np.nan)
 
     def work(piece: _Piece) -> None:
         usable = piece.usable_R.cpu().numpy()
-        scores_QN[:, piece.start : piece.stop] = np.where(usable, scores.all_of(piece), np.nan)
+        scores_QN[:, piece.unit.start : piece.unit.stop] = np.where(usable, scores.all_of(piece), np.nan)
 
     for rows, _ in scores.each(work):
         if task:

@@ -20,10 +20,12 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ghoststore.store import Part
 from ghoststore.store.spans.layout import CRC_BYTES
 from ghoststore.store.spans.reader import chunk_numbers, chunks_of, read_chunk
+from query.search.products import Products
 from query.search.vectors import Scales, StoredRows
 
 UNIT_BYTES = 4 << 20
@@ -40,13 +42,18 @@ class Unit:
     start: int
     stop: int
     rows: list[StoredRows]
+    products: list[Tensor]
+    """(R, Q) float32 for each part, if products were asked for."""
 
 
 class Units:
-    """Reads the same rows of one or more ``parts``, whose spans are the same. Threads may share it."""
+    """Reads the same rows of one or more ``parts``, whose spans are the same, and multiplies them with ``products``,
+    one for each part, if there are any. Threads may share it.
+    """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self._parts = parts
+    def __init__(self, parts: Sequence[Part], products: Sequence[Products] = ()) -> None:
+        self._parts, self._products = parts, products
+        self._groups = [part.groups for part in parts]
         self._specs = [part.spec("vectors") for part in parts]
         # Chunks of every part end where a unit ends: their rows divide those of a span.
         least = math.lcm(*(spec.chunk_rows for spec in self._specs))
@@ -57,16 +64,11 @@ class Units:
     def of_span(self, span: int) -> Iterator[Unit]:
         """The units of a committed span, in order. CorruptError for a damaged chunk."""
         first, last = self._parts[0].layout.span_of(span)
-        scales = [Scales(part) for part in self._parts]
         for start in range(first, last, self._rows):
             stop = min(start + self._rows, last)
-            rows = [
-                StoredRows(
-                    part.layout.dtype, torch.from_numpy(self._read(place, start, stop)), scale(start, stop), part.groups
-                )
-                for place, (part, scale) in enumerate(zip(self._parts, scales, strict=True))
-            ]
-            yield Unit(start, stop, rows)
+            read = [self._read(place, start, stop) for place in range(len(self._parts))]
+            products = [products_RQ for _, products_RQ in read if products_RQ is not None]
+            yield Unit(start, stop, [rows for rows, _ in read], products)
 
     def announced(self, spans: Sequence[int]) -> Iterator[int]:
         """``spans``, each after the system was told that its chunks are read soon: a disk reads them meanwhile."""
@@ -76,23 +78,36 @@ class Units:
                     _announce(path)
             yield span
 
-    def _read(self, place: int, start: int, stop: int) -> NDArray[np.generic]:
-        """(rows, columns) as stored, in this thread's memory for the part at ``place``."""
+    def _read(self, place: int, start: int, stop: int) -> tuple[StoredRows, Tensor | None]:
+        """The rows of the part at ``place``, in this thread's memory, and their products."""
         part, spec = self._parts[place], self._specs[place]
         size = spec.chunk_bytes
         span = start // part.layout.span_rows
         files = [path for path, begin, _ in chunks_of(part, spec, [span]) if start <= begin < stop]
-        memory = self._memory(place, len(files) * size + CRC_BYTES)
+        memory, scales = self._own_of(place, len(files) * size + CRC_BYTES)
+        numbers = torch.from_numpy(chunk_numbers(memory, spec, stop - start))
+        rows = StoredRows(part.layout.dtype, numbers, scales(start, stop), self._groups[place])
+        products = self._products[place] if self._products else None
+        at_once = spec.chunk_rows * max(1, products.bytes_at_once // size if products else len(files))
+        multiplied: list[Tensor] = []
         for number, path in enumerate(files):
             # Chunks come to lie one after the other: each overwrites the checksum of the one before it.
             read_chunk(path, size + CRC_BYTES, memory[number * size : (number + 1) * size + CRC_BYTES], part.path)
-        return chunk_numbers(memory, spec, stop - start)
+            there = min((number + 1) * spec.chunk_rows, len(rows))
+            first = len(multiplied) * at_once
+            if products and (there - first >= at_once or there == len(rows)):  # while they are in the cache
+                multiplied.append(products.of(rows.between(first, there)))
+        return rows, torch.cat(multiplied) if products else None
 
-    def _memory(self, place: int, size: int) -> NDArray[np.uint8]:
-        memories: dict[int, NDArray[np.uint8]] = self._own.__dict__.setdefault("memories", {})
-        if place not in memories or len(memories[place]) < size:
-            memories[place] = np.empty(size, dtype=np.uint8)
-        return memories[place][:size]
+    def _own_of(self, place: int, size: int) -> tuple[NDArray[np.uint8], Scales]:
+        """This thread's memory, of at least ``size`` bytes, and reader of scales for the part at ``place``."""
+        own: dict[int, tuple[NDArray[np.uint8], Scales]] = self._own.__dict__.setdefault("by_place", {})
+        if place not in own:
+            own[place] = np.empty(size, dtype=np.uint8), Scales(self._parts[place])
+        if len(own[place][0]) < size:
+            own[place] = np.empty(size, dtype=np.uint8), own[place][1]
+        memory, scales = own[place]
+        return memory[:size], scales
 
 
 def _announce(path: Path) -> None:

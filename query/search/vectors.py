@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from ghoststore.errors import UsageError
 from ghoststore.store import Part
 from ghoststore.store.part.encoding import Groups, multiply
-from ghoststore.store.spans.reader import Chunk, read_span, stream
+from ghoststore.store.spans.layout import CRC_BYTES
+from ghoststore.store.spans.reader import Chunk, chunk_numbers, read_chunk, stream
 
 DECODED_BYTES = 32 << 20
 """Most bytes of rows that are decoded at once: a chunk of one-bit rows has 32 times its own bytes as float32."""
@@ -81,6 +83,11 @@ class StoredRows:
     def __len__(self) -> int:
         return len(self.stored)
 
+    def between(self, first: int, last: int) -> StoredRows:
+        """The rows from ``first`` to ``last``, as a view."""
+        scale_RG = None if self.scale_RG is None else self.scale_RG[first:last]
+        return StoredRows(self.dtype, self.stored[first:last], scale_RG, self.groups)
+
     def decoded(self, chosen: slice | Tensor, spare: Tensor | None = None) -> Tensor:
         """(rows, D) float32: the ``chosen`` rows, the same bits everywhere. A view of those that are float32.
 
@@ -92,7 +99,11 @@ class StoredRows:
             target = torch.empty(shape, device=rows_RD.device) if spare is None else spare[: shape[0]]
             rows_RD = target.copy_(rows_RD[:, : shape[1]])
         if self.scale_RG is not None:
-            multiply(rows_RD, self.scale_RG[chosen].to(rows_RD.device), self.groups)
+            scale_RG, width = self.scale_RG[chosen].to(rows_RD.device), self.groups[0][2]
+            if all(stop - start == width for _, start, stop in self.groups):  # as usual: all at once
+                rows_RD.view(len(rows_RD), -1, width).mul_(scale_RG.unsqueeze(2))
+            else:
+                multiply(rows_RD, scale_RG, self.groups)
         return rows_RD
 
 
@@ -148,21 +159,40 @@ class PartVectors:
         return vectors_RD
 
 
+class SpanColumn:
+    """An array of a part with one chunk a span, read span by span. It is described once: a part makes the descriptions
+    of all its arrays anew whenever one is asked for.
+    """
+
+    def __init__(self, part: Part, name: str) -> None:
+        self._part, self._spec = part, part.spec(name)
+
+    def __call__(self, span: int) -> NDArray[Any]:
+        """The rows of a committed span, checked, in the stored dtype. CorruptError for a damaged chunk."""
+        start, stop = self._part.layout.span_of(span)
+        (key,) = self._part.layout.chunk_keys(self._spec, span)
+        path = self._part.path / key
+        return chunk_numbers(
+            read_chunk(path, self._spec.chunk_bytes + CRC_BYTES, within=self._part.path), self._spec, stop - start
+        )
+
+
 class Scales:
     """The scales of rows. Holds one span at a time."""
 
     def __init__(self, part: Part) -> None:
         self._part = part
+        self._read = SpanColumn(part, "scale") if part.encoding.scaled else None
         self._span = -1
         self._scale: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
 
     def __call__(self, start: int, stop: int) -> Tensor | None:
         """(R, G): the scales of the rows ``start`` to ``stop``, of one span; None in encodings without scales."""
-        if not self._part.encoding.scaled:
+        if self._read is None:
             return None
         span = start // self._part.layout.span_rows
         if span != self._span:
-            self._span, self._scale = span, read_span(self._part, "scale", span)
+            self._span, self._scale = span, self._read(span)
         first, _ = self._part.layout.span_of(span)
         return torch.from_numpy(self._scale[start - first : stop - first])
 

@@ -15,7 +15,7 @@ import ghoststore
 from ghoststore.errors import MismatchError, WorkerError
 from ghoststore.progress import Silent, Task
 from ghoststore.settings.build import BuildOptions
-from indexer.build import workers
+from indexer.build import crew, workers
 from indexer.build.workers import devices_of
 from tests.support.parts import unbuild
 
@@ -104,7 +104,7 @@ def test_errors_of_a_worker_are_those_of_the_build(lab: Lab, tmp_path: Path) -> 
 
 
 def test_that_die_again_and_again(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "DEATHS", 1)
+    monkeypatch.setattr(crew, "DEATHS", 1)
     monkeypatch.setattr(workers.sys, "executable", "/bin/false")
     with pytest.raises(WorkerError, match=r"ended with exit status 1, the last of 3 that died .* `workers`"):
         build(lab, tmp_path / "store")

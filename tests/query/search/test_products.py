@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from ghoststore.store.part.encoding import ENCODINGS, Groups
-from query.search.products import WIDEST, CodeProducts, FloatProducts, Products, integers_are_exact
+from query.search.kernel import vector_bytes
+from query.search.products import (
+    WIDEST,
+    CodeProducts,
+    FloatProducts,
+    KernelProducts,
+    Products,
+    integers_are_exact,
+    products_of,
+)
 from query.search.vectors import StoredRows
+from tests.support.made_parts import DIMENSION, clustered, make_part
 
 RAGGED: Groups = [("a", 0, 1), ("b", 1, 13), ("c", 13, 16), ("d", 16, 129), ("e", 129, 300)]
 """Blocks that begin and end within bytes, and share them."""
@@ -34,6 +46,8 @@ def products_for(dtype: str, unit_QD: Tensor, groups: Groups) -> list[Products]:
     ways: list[Products] = [FloatProducts(unit_QD)]
     if ENCODINGS[dtype].scaled:
         ways.append(CodeProducts(unit_QD, groups, packed=dtype == "onebit"))
+        if widest := vector_bytes():
+            ways += [KernelProducts(unit_QD, groups, dtype == "onebit", width) for width in {32, widest}]
     return ways
 
 
@@ -78,8 +92,16 @@ def test_integers_do_not_saturate(queries: int, sign: int) -> None:
         numbers[1::2] *= -1
         rows = stored_rows(numbers, dtype, [("all", 0, dimension)])
         exact_RQ, length_R1 = oracle(rows, unit_QD)
-        products = CodeProducts(unit_QD, rows.groups, packed=dtype == "onebit")
-        assert bool(((products.of(rows).double() - exact_RQ).abs() <= products.error_Q * length_R1).all())
+        for products in products_for(dtype, unit_QD, rows.groups):
+            assert bool(((products.of(rows).double() - exact_RQ).abs() <= products.error_Q * length_R1).all())
+
+
+@pytest.mark.parametrize("dtype", ENCODINGS)
+def test_rows_on_a_gpu_are_decoded(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Integers are multiplied on the CPU alone. A GPU is stood for by torch's device without memory."""
+    part = make_part(tmp_path, clustered(), dtype=dtype)
+    monkeypatch.setattr("query.search.products.KERNEL_NUMBERS", 0)
+    assert isinstance(products_of(part, torch.ones(1, DIMENSION, dtype=torch.float64, device="meta")), FloatProducts)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 17])

@@ -1,0 +1,265 @@
+"""Workers that build a part side by side: who gets which spans, and what becomes of those of a worker that dies.
+
+How they are started and spoken to is another's: processes of this machine (:mod:`indexer.build.workers`) or actors of a
+Ray cluster (:mod:`indexer.build.on_ray`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from ghoststore.errors import GhostStoreError, WorkerError
+from ghoststore.progress import Progress, Task
+from ghoststore.settings.build import BuildOptions
+from ghoststore.settings.option import parameters_of
+from ghoststore.store import Store
+from ghoststore.store.info import describe
+from indexer.build.inputs import existing_part, part_name
+from indexer.build.report import BuildReport
+
+PIECES = 8
+"""Lists of spans that a worker gets, one after the other, if all are equally fast."""
+DEATHS = 5
+"""Workers that may die in each place, one after the other, without a span being committed in between."""
+LEFT_OUT = {"progress", "workers", "devices", "worker", "engine", "ray_address", "num_gpus"}
+"""Parameters of a build that are not those of its workers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """What a worker says: a bar of progress with its description and total, rows and tokens for it, or a note."""
+
+    task: int | None = None
+    begins: tuple[str, int | None, int, str] | None = None
+    rows: int = 0
+    tokens: int = 0
+    ends: bool = False
+    words: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """Said by a worker when its model is loaded and the part is there."""
+
+    report: BuildReport
+    learning: float
+    """Seconds that it learned the projection; 0 if another did."""
+
+
+class Done:
+    """Said by a worker when the spans that it got last are committed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """Said of a worker that has ended."""
+
+    how: str
+
+
+class Hand(Protocol):
+    """One worker, as the crew sees it."""
+
+    number: int
+    """Its place, from 1."""
+
+    def order(self, spans: Sequence[int] | None) -> None:
+        """Have it build ``spans``; None: nothing is left, and it may go."""
+
+    def end(self) -> None:
+        """End it, and wait until it has ended."""
+
+
+class Means(Protocol):
+    """How workers are started and heard."""
+
+    def start(self, number: int, keywords: Mapping[str, Any]) -> Hand:
+        """Start the worker ``number`` of a build with ``keywords``."""
+
+    def hear(self, hands: Sequence[Hand]) -> Iterator[tuple[Any, Any]]:
+        """(worker, message) of some of ``hands``, after waiting for the first: an Event, Ready, Done, a
+        GhostStoreError, or a Death.
+        """
+
+
+class _Place:
+    """A worker, what it is at, and what it has told of that."""
+
+    def __init__(self, hand: Hand) -> None:
+        self.hand = hand
+        self.spans: Sequence[int] = ()
+        self.rows = 0
+        """Rows of these that it has reported."""
+        self.leaving = False
+        """Whether it was told that nothing is left to do."""
+        self.bars: dict[int, Task] = {}
+
+    def end(self) -> None:
+        self.hand.end()
+        for bar in self.bars.values():
+            bar.close()
+
+
+def keywords_of(options: BuildOptions) -> dict[str, Any]:
+    """The keywords that make ``options`` again, without what belongs to this process."""
+    names = [parameter.name for parameter in parameters_of(BuildOptions) if parameter.name not in LEFT_OUT]
+    return {name: getattr(options, name) for name in names}
+
+
+def build_by(means: Means, count: int, options: BuildOptions, progress: Progress) -> BuildReport:
+    """``ghoststore.build`` by ``count`` workers. One that dies is replaced.
+
+    Raises the errors of ``ghoststore.build`` of the first worker that has one, and WorkerError if they die one after
+    the other without a span being committed.
+    """
+    started = time.perf_counter()
+    existing = existing_part(options.store, part_name(options), progress)
+    before = 0 if existing is None else existing.rows
+    crew = _Crew(means, count, options, progress)
+    try:
+        report = crew.run()
+    finally:
+        crew.end()
+    part = Store.open(options.store).part(report.part)
+    built, now = describe(part), time.perf_counter()
+    return replace(
+        report,
+        tokens=built.tokens,
+        resumed_rows=before,
+        rows_built=part.rows - before,
+        statuses=built.statuses,
+        # Waiting for the corpus and writing are not told: they are of workers that work at the same time.
+        seconds={"total": now - started, "learning": crew.learning, "compute": now - crew.planned},
+    )
+
+
+class _Crew:
+    """The workers of a build, and the spans that none has begun."""
+
+    def __init__(self, means: Means, count: int, options: BuildOptions, progress: Progress) -> None:
+        self._means, self._count, self._options, self._progress = means, count, options, progress
+        self._pieces: deque[Sequence[int]] | None = None
+        """Spans to build; None until a worker has told which there are."""
+        self._places: dict[int, _Place] = {}
+        self._shown: _Place | None = None
+        """The worker whose bars are shown: the one that begins the part."""
+        self._task: Task | None = None
+        self._report: BuildReport | None = None
+        self._deaths = 0
+        self.learning = 0.0
+        """Seconds that one of them learned the projection."""
+        self.planned = time.perf_counter()
+        """When the first span was given away."""
+
+    def run(self) -> BuildReport:
+        for number in range(1, self._count + 1):
+            self._start(number)
+        while self._places:
+            hands = [place.hand for place in self._places.values()]
+            for hand, message in self._means.hear(hands):
+                place = self._places.get(hand.number)
+                if place is None or place.hand is not hand:
+                    continue  # it has been replaced
+                if isinstance(message, Death):
+                    self._replace(place, message.how)
+                else:
+                    self._hear(place, message)
+        assert self._report is not None
+        return self._report
+
+    def end(self) -> None:
+        for place in self._places.values():
+            place.end()
+        if self._task is not None:
+            self._task.close()
+
+    def _start(self, number: int) -> None:
+        self._places[number] = _Place(self._means.start(number, keywords_of(self._options)))
+
+    def _hear(self, place: _Place, message: Any) -> None:
+        if isinstance(message, GhostStoreError):
+            raise message
+        if isinstance(message, Event):
+            self._show(place, message)
+        elif isinstance(message, Ready):
+            if self._pieces is None:
+                self._plan(message)
+            self.learning = max(self.learning, message.learning)
+            self._order(place)
+        else:
+            assert isinstance(message, Done)
+            self._deaths = 0
+            self._order(place)
+
+    def _order(self, place: _Place) -> None:
+        """Give its worker the next spans, or let it go."""
+        assert self._pieces is not None
+        if self._pieces:
+            place.spans, place.rows = self._pieces.popleft(), 0
+            place.hand.order(place.spans)
+        else:
+            place.leaving = True
+            place.hand.order(None)
+
+    def _plan(self, ready: Ready) -> None:
+        self._report, self.planned = ready.report, time.perf_counter()
+        part = Store.open(self._options.store).damaged_part(ready.report.part)
+        missing = sorted(set(range(part.layout.spans)) - set(part.spans))
+        length = max(1, len(missing) // (PIECES * self._count))
+        self._pieces = deque(missing[at : at + length] for at in range(0, len(missing), length))
+        if missing:
+            self._task = self._progress.task("building", part.layout.rows, done=part.rows)
+
+    def _replace(self, place: _Place, how: str) -> None:
+        """After its worker has ended: if it was not to, start another, for what it has not committed."""
+        del self._places[place.hand.number]
+        place.end()
+        if place.leaving:
+            return
+        if self._shown is place:
+            self._shown = None
+        self._deaths += 1
+        if self._deaths > DEATHS * self._count:
+            raise WorkerError(
+                f"{how}, the last of {self._deaths} that died without a span being committed in between. What was "
+                "committed is intact: the same command resumes. If memory ran out, give fewer `workers`, or a smaller "
+                "`batch_tokens`"
+            )
+        self._progress.note(f"{how}: another takes its place")
+        if self._pieces is not None:
+            assert self._report is not None
+            part = Store.open(self._options.store).damaged_part(self._report.part)
+            done = [span for span in place.spans if span in set(part.spans)]
+            if done:
+                self._deaths = 0
+            if left := sorted(set(place.spans) - set(done)):
+                self._pieces.appendleft(left)
+            if self._task is not None:  # what it had begun and not committed is built again
+                self._task.advance(sum(stop - start for start, stop in map(part.layout.span_of, done)) - place.rows)
+        self._start(place.hand.number)
+
+    def _show(self, place: _Place, event: Event) -> None:
+        if event.words is not None and event.task is None:
+            self._progress.note(event.words)
+            return
+        assert event.task is not None
+        if self._pieces is not None:
+            if event.rows and self._task is not None:
+                place.rows += event.rows
+                self._task.advance(event.rows, event.tokens)
+        elif event.begins is not None and (self._shown is None or self._shown is place):
+            self._shown = place
+            place.bars[event.task] = self._progress.task(*event.begins)
+        if (bar := place.bars.get(event.task)) is None:
+            return
+        if event.ends:
+            bar.close()
+            del place.bars[event.task]
+        elif self._pieces is None and event.rows:
+            bar.advance(event.rows, event.tokens)
+        elif event.words is not None:
+            bar.say(event.words)

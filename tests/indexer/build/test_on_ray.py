@@ -1,0 +1,139 @@
+"""`build --engine ray`: actors of a real cluster, of one node and of several, of which one dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import ghoststore
+from ghoststore.errors import MismatchError, UsageError
+from ghoststore.progress import Silent, Task
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
+
+SHARED_MEMORY = 80 << 20
+"""Bytes of Ray's object store, which nothing here uses: the least that Ray allows."""
+
+
+def build(lab: Lab, store: Path, **settings: Any) -> ghoststore.BuildReport:
+    given = {"checkpoint": lab.checkpoint, "data": lab.corpus, "name": "part", "span_rows": 6, "device": "cpu"}
+    return ghoststore.build(store=store, **(given | {"engine": "ray"} | settings))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Three nodes of one core each."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
+    from ray.cluster_utils import Cluster
+
+    settings = {"num_cpus": 1, "object_store_memory": SHARED_MEMORY, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=settings)
+    for _ in range(2):
+        cluster.add_node(num_cpus=1, object_store_memory=SHARED_MEMORY)
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+class Striking(Silent):
+    """Calls ``strike`` when rows of the build are told for the first time."""
+
+    def __init__(self, strike: Any) -> None:
+        self.strike: Any = strike
+        self.notes: list[str] = []
+
+    def task(self, description: str, total: int | None, done: int = 0, unit: str = "rows") -> Task:
+        listener = self
+
+        class Bar(type(super().task("", None))):  # type: ignore[misc]
+            def advance(self, rows: int, tokens: int = 0) -> None:
+                if description == "building" and listener.strike is not None:
+                    listener.strike()
+                    listener.strike = None
+
+        return Bar()
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_as_one_process(lab: Lab, built: Path, tmp_path: Path, cluster: Any) -> None:
+    store = tmp_path / "store"
+    report = build(lab, store)
+    assert report.rows_built == len(lab.rows)
+    assert lab.tree(store) == lab.tree(built)
+    assert build(lab, store).rows_built == 0
+    with pytest.raises(MismatchError, match="rank_total"):
+        build(lab, store, projection=ghoststore.ProjectionConfig(rank_total=16))
+    with pytest.raises(UsageError, match="has room for 3 workers"):
+        build(lab, store, workers=4)
+    with pytest.raises(UsageError, match="has joined another cluster"):
+        build(lab, store, ray_address="127.0.0.1:1")
+
+
+@pytest.mark.slow
+@pytest.mark.kill
+def test_a_node_dies(lab: Lab, built: Path, tmp_path: Path, cluster: Any) -> None:
+    """Raylet and all: its actor is begun elsewhere, once there is room."""
+    store = tmp_path / "store"
+    listener = Striking(lambda: cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False))
+    build(lab, store, workers=2, progress=listener)
+    assert listener.strike is None
+    assert lab.tree(store) == lab.tree(built)
+
+
+@pytest.mark.slow
+@pytest.mark.kill
+def test_an_actor_dies(lab: Lab, built: Path, tmp_path: Path, cluster: Any) -> None:
+    store = tmp_path / "store"
+
+    def strike() -> None:
+        actors = [
+            path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if b"ray::Builder" in bytes_of(path)
+        ]
+        os.kill(int(actors[0]), signal.SIGKILL)
+
+    listener = Striking(strike)
+    build(lab, store, workers=2, progress=listener)
+    assert any("(a Ray actor) ended" in note and "another takes its place" in note for note in listener.notes)
+    assert lab.tree(store) == lab.tree(built)
+
+
+def bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"worker": "1/2"}, "leave out `worker`"),
+        ({"devices": ["0"], "workers": 2}, "leave out `worker` and `devices`"),
+        ({"engine": None, "ray_address": "here:1"}, "`ray_address` belongs to `engine=ray`"),
+        ({"engine": None, "num_gpus": 1}, "`num_gpus` belongs to `engine=ray`"),
+        ({"engine": "dask"}, "known: ray"),
+        ({"data": ["a text"]}, "save what is in memory"),
+    ],
+)
+def test_refused(lab: Lab, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build(lab, tmp_path / "store", **settings)
+
+
+def test_not_installed(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"pip install 'ghoststore\[ray\]'"):
+        build(lab, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
