@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ghoststore.settings.flags import entries_of
 from ghoststore.settings.projection import unsketched
 from ghoststore.store.base.manifest import Manifest
 from ghoststore.store.part.kept import fields_of
+from ghoststore.store.part.part import Part
 
 DEFAULTS: dict[str, Any] = {
     **{entry.flag: entry.spec.default for entry in entries_of(BuildOptions)},
@@ -42,6 +43,11 @@ def command_of(**options: Any) -> str:
         for one in value if isinstance(value, list | tuple) else [] if value is None else [value]:
             words += [f"--{name.replace('_', '-')}", str(one)]
     return shlex.join(words)
+
+
+def flags_of(parts: Iterable[Part]) -> str:
+    """The words of a command that name ``parts``."""
+    return " ".join(f"--part {part.name}" for part in parts)
 
 
 def _options(manifest: Manifest, store: Path, name: str) -> Iterator[tuple[str, Any]]:

@@ -123,6 +123,18 @@ class Spanned(ABC, Generic[L]):
             raise damaged(self, [(record_name(beyond[0]), problem)])
         return spans
 
+    def home(self, span: int) -> tuple[Spanned[L], int]:
+        """What holds ``span``, and its number there: other than itself only where several are read as one."""
+        return self, span
+
+    def homes(self, spans: Sequence[int]) -> Iterator[tuple[Spanned[L], list[int], int]]:
+        """(what holds them, their numbers there, what is added to numbers of rows there) of ``spans``, in order."""
+        yield self, list(spans), 0
+
+    def seen(self, name: str, span: int, values: NDArray[Any]) -> NDArray[Any]:
+        """``values`` of the array ``name`` in ``span``, read from its :meth:`home`, as this one has them."""
+        return values
+
     @property
     def complete(self) -> bool:
         """Whether every span is committed."""

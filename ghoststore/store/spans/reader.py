@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -90,6 +91,9 @@ def chunk_numbers(buffer: NDArray[np.uint8], spec: ArraySpec, count: int) -> NDA
 
 def read_span(source: Spanned[Any], name: str, span: int) -> NDArray[Any]:
     """One committed span of a numeric array with one chunk a span, checked, in the stored dtype."""
+    home, own = source.home(span)
+    if home is not source:
+        return source.seen(name, span, read_span(home, name, own))
     spec = source.spec(name)
     start, stop = spec.entries(*source.layout.span_of(span))
     (key,) = source.layout.chunk_keys(spec, span)
@@ -102,8 +106,15 @@ def stream(source: Spanned[Any], name: str, spans: list[int] | None = None) -> I
 
     Memory: READ_AHEAD + 1 chunks, whatever the size of the part or run.
     """
+    for home, own, shift in source.homes(source.spans if spans is None else spans):
+        with closing(_stream(home, name, own)) as chunks:
+            for chunk in chunks:
+                yield replace(chunk, start=chunk.start + shift, stop=chunk.stop + shift) if shift else chunk
+
+
+def _stream(source: Spanned[Any], name: str, spans: list[int]) -> Generator[Chunk]:
     spec = source.spec(name)
-    chunks = list(chunks_of(source, spec, source.spans if spans is None else spans))
+    chunks = list(chunks_of(source, spec, spans))
     free: queue.Queue[NDArray[np.uint8] | None] = queue.Queue()
     full: queue.Queue[tuple[NDArray[np.uint8], int, int] | BaseException] = queue.Queue()
     for _ in range(min(READ_AHEAD + 1, len(chunks))):
