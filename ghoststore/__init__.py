@@ -13,6 +13,7 @@ from ghoststore.lazy import FACE, load
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from ghoststore.checkpoint.nanogpt import load_nanogpt as load_nanogpt
     from ghoststore.corpus import Corpus as Corpus
     from ghoststore.settings.fields import Fields as Fields
     from ghoststore.settings.projection import ProjectionConfig as ProjectionConfig

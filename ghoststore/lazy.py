@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 FACE = {
+    "load_nanogpt": "ghoststore.checkpoint.nanogpt",
     "Corpus": "ghoststore.corpus",
     "Fields": "ghoststore.settings.fields",
     "Part": "ghoststore.store",

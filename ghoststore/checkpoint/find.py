@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ghoststore.checkpoint.bounds import ADAPTER_CONFIG, CONFIG, check_config, check_files, read_object
+from ghoststore.checkpoint.nanogpt import is_checkpoint_file
 from ghoststore.checkpoint.quantised import refuse_unreadable
 from ghoststore.errors import CheckpointError
 from ghoststore.store.base.opening import open_regular, parse_json
@@ -90,6 +91,11 @@ def locate(source: str | Path) -> Path:
     folder = Path(source)
     if not exists(folder, "checkpoint"):
         folder = from_hub(str(source))
+    if is_checkpoint_file(folder):
+        raise CheckpointError(
+            f"checkpoint {source} is a file, and a folder in transformers' format is expected here; one of nanoGPT "
+            f"becomes such a folder so: ghoststore.load_nanogpt({str(source)!r}).save_pretrained(folder)"
+        )
     if not folder.is_dir():
         raise CheckpointError(
             f"checkpoint {source} is a file; give the folder that transformers' save_pretrained wrote"
@@ -125,8 +131,10 @@ def holds_model(folder: Path) -> bool:
 def whole_model(folder: Path) -> Checkpoint:
     """The model in a folder, whatever lies beside it. CheckpointError as :func:`find_folder`."""
     if not (folder / CONFIG).is_file():
+        files = sorted(filter(is_checkpoint_file, folder.iterdir()))
+        hint = f", or the file of nanoGPT's checkpoint: {files[0]}" if files else ""
         raise CheckpointError(
-            f"checkpoint {folder} has no config.json; give a folder that transformers' save_pretrained wrote"
+            f"checkpoint {folder} has no config.json; give a folder that transformers' save_pretrained wrote{hint}"
         )
     weights = _weight_files(folder)
     if not weights:

@@ -13,6 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from ghoststore.checkpoint.adapter import NAME, adapter_identity, has_adapter, of_base, refuse_unsupported
+from ghoststore.checkpoint.nanogpt import (
+    convert_loaded,
+    fit_biases,
+    has_biases,
+    is_checkpoint_file,
+    looks_like,
+    read_file,
+    uncompiled,
+)
+from ghoststore.checkpoint.token_ids import TokenIds
 from ghoststore.errors import CheckpointError, UsageError
 from ghoststore.lazy import importing
 from ghoststore.settings.shared import in_memory
@@ -44,11 +54,19 @@ class LoadedCheckpoint:
     """Of an adapter: the model of transformers in it, with the adapter in its modules."""
     peft: Any = None
     """The PeftModel around it; None without an adapter."""
+    nanogpt: Any = None
+    """The model of nanoGPT, or the file of one, that ``model`` has the weights of; None for another model."""
+
+    @classmethod
+    def of_file(cls, path: str | Path) -> LoadedCheckpoint:
+        """The checkpoint that nanoGPT wrote to a file. Raises as :func:`ghoststore.checkpoint.nanogpt.read_file`."""
+        return cls(read_file(Path(path)), nanogpt=Path(path))
 
     @classmethod
     def of(cls, model: Any, adapter: str | None = None) -> LoadedCheckpoint:
-        """CheckpointError for a model that is no plain one of transformers, nor a PeftModel with one LoRA adapter: its
-        saved folder would hold another. UsageError for ``adapter`` (see :func:`find_adapter`) but ``only``.
+        """CheckpointError for a model that is no plain one of transformers, nor a PeftModel with one LoRA adapter, nor
+        one of nanoGPT: its saved folder would hold another. UsageError for ``adapter`` (see :func:`find_adapter`) but
+        ``only``.
         """
         with importing():
             import torch
@@ -64,6 +82,9 @@ class LoadedCheckpoint:
         if peft is not None:
             _refuse_odd_adapters(peft)
             model = peft.get_base_model()
+        if not isinstance(model, PreTrainedModel) and looks_like(model):
+            own = uncompiled(model)
+            return cls(convert_loaded(own), nanogpt=own)
         if not isinstance(model, PreTrainedModel):
             inner = "; of a wrapped model give the model inside" if isinstance(model, torch.nn.Module) else ""
             raise CheckpointError(
@@ -88,9 +109,11 @@ class LoadedCheckpoint:
     @property
     def where(self) -> str:
         """What messages call it."""
+        if isinstance(self.nanogpt, Path):
+            return str(self.nanogpt)
         dtype = str(self.model.dtype).removeprefix("torch.")
         adapter = "" if self.peft is None else " with an adapter"
-        return f"the {type(self.model).__name__}{adapter} in memory ({dtype})"
+        return f"the {type(self.model if self.nanogpt is None else self.nanogpt).__name__}{adapter} in memory ({dtype})"
 
     @property
     def config_where(self) -> str:
@@ -99,13 +122,16 @@ class LoadedCheckpoint:
 
     @property
     def name(self) -> str:
-        """A name for it, used in default names."""
-        return type(self.model).__name__
+        """A name for it, used in default names: of a file that of its folder, for all are called ``ckpt.pt``."""
+        if isinstance(self.nanogpt, Path):
+            path = self.nanogpt.resolve()
+            return path.parent.name or path.stem
+        return type(self.model if self.nanogpt is None else self.nanogpt).__name__
 
     @property
     def recorded(self) -> str:
         """What a manifest records of where it lies."""
-        return "-"
+        return str(self.nanogpt.resolve()) if isinstance(self.nanogpt, Path) else "-"
 
     @property
     def folder(self) -> Path:
@@ -113,9 +139,19 @@ class LoadedCheckpoint:
         raise UsageError(f"{self.where} has no folder: {SAVE}")
 
     @property
-    def tokenizer_folder(self) -> Path:
-        """UsageError: a model in memory has no tokenizer."""
+    def tokenizer_folder(self) -> TokenIds:
+        """That of nanoGPT, which keeps none beside its models. UsageError for another model in memory."""
+        if self.nanogpt is not None:
+            return TokenIds(self.model.config.vocab_size)
         raise UsageError(f"{self.where} comes without a tokenizer: give `tokenizer`, a loaded one or its folder")
+
+    def refuse_without_biases(self) -> None:
+        """UsageError for a model of nanoGPT without biases: the GPT-2 of a folder has them."""
+        if self.nanogpt is not None and not has_biases(self.model):
+            raise UsageError(
+                f"{self.where}: its layers have no biases (`bias=False`), and the GPT-2 of a folder has, so it would "
+                "be trained otherwise: a training of it has to be made where it was trained"
+            )
 
     def numbers(self) -> int:
         """The number of numbers in all parameters."""
@@ -123,7 +159,8 @@ class LoadedCheckpoint:
 
     def versions(self) -> tuple[int, ...]:
         """Counts of the changes of each parameter in place, by which torch notices that weights have changed."""
-        return tuple(p._version for p in self.model.parameters() if not p.is_inference())  # which count nothing
+        model = self.model if self.nanogpt is None or isinstance(self.nanogpt, Path) else self.nanogpt
+        return tuple(p._version for p in model.parameters() if not p.is_inference())  # which count nothing
 
     @property
     def recorded_base(self) -> str | None:
@@ -185,6 +222,8 @@ class LoadedCheckpoint:
                 raise CheckpointError(f"{self.where}: the forward of a module was replaced by another one; {SAVE}")
             for hooks in HOOKS:
                 getattr(module, hooks).clear()
+        if self.nanogpt is not None:
+            fit_biases(copied)
         if kernel is not None and kernel != getattr(copied.config, "_attn_implementation", None):
             try:
                 copied.set_attn_implementation(kernel)
@@ -236,7 +275,7 @@ def checkpoint_name(given: Any) -> str:
     return str(given) if isinstance(given, str | Path) else f"the {type(given).__name__} in memory"
 
 
-def tokenizer_source(found: Path | LoadedTokenizer) -> Any:
+def tokenizer_source(found: Path | LoadedTokenizer | TokenIds) -> Any:
     """What a user could have given to mean ``found``."""
     return found.tokenizer if isinstance(found, LoadedTokenizer) else found
 
@@ -270,10 +309,11 @@ def as_folders(checkpoint: Any, tokenizer: Any) -> Iterator[tuple[Any, Any]]:
     """
     with tempfile.TemporaryDirectory(prefix="ghoststore-") as folder:
         places = [Path(folder) / name for name in ("model", "tokenizer")]
-        if in_memory(checkpoint):
-            loaded = LoadedCheckpoint.of(checkpoint)
+        if in_memory(checkpoint) or is_checkpoint_file(checkpoint):
+            loaded = LoadedCheckpoint.of(checkpoint) if in_memory(checkpoint) else LoadedCheckpoint.of_file(checkpoint)
             if loaded.peft is not None:
                 raise UsageError(f"{loaded.where}: a whole model is expected here; give `model.merge_and_unload()`")
+            loaded.refuse_without_biases()
             loaded.copied().save_pretrained(places[0])
             checkpoint = places[0]
         if in_memory(tokenizer):

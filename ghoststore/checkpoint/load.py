@@ -12,28 +12,31 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ghoststore.checkpoint.adapter import AdapterCheckpoint, find_adapter, without_adapter
-from ghoststore.checkpoint.bounds import CONFIG, bounded_making, check_config, check_files
+from ghoststore.checkpoint.bounds import CONFIG, bounded_making, check_config, check_files, read_object
 from ghoststore.checkpoint.find import TOKENIZER_PATTERNS, Checkpoint, exists, from_hub, locate, whole_model
 from ghoststore.checkpoint.in_memory import LoadedCheckpoint, LoadedTokenizer
+from ghoststore.checkpoint.nanogpt import is_checkpoint_file
 from ghoststore.checkpoint.quantised import bits_of, widened
+from ghoststore.checkpoint.token_ids import TokenIds
 from ghoststore.errors import CheckpointError, UsageError
 from ghoststore.lazy import importing
 from ghoststore.settings.shared import AdapterUse, TokenizerSource
 from ghoststore.settings.shared import Checkpoint as CheckpointSource
 
 DTYPES = ("float32", "bfloat16", "float16")
+PICKLE = ".pkl"
 
 
 AnyCheckpoint: TypeAlias = Checkpoint | AdapterCheckpoint | LoadedCheckpoint
-AnyTokenizer: TypeAlias = Path | LoadedTokenizer
-"""The folder of a tokenizer, or one in memory."""
+AnyTokenizer: TypeAlias = Path | LoadedTokenizer | TokenIds
+"""The folder of a tokenizer, one in memory, or what a checkpoint without any has."""
 
 
 def find_checkpoint(
     source: CheckpointSource, *, base: str | Path | None = None, adapter: AdapterUse | None = None
 ) -> AnyCheckpoint:
-    """The checkpoint in a folder, or of a hub id (downloaded by huggingface_hub unless it is cached); or that of a
-    loaded model. ``base`` and ``adapter`` are for a LoRA adapter: see :func:`find_adapter`.
+    """The checkpoint in a folder, or of a hub id (downloaded by huggingface_hub unless it is cached); that in a file of
+    nanoGPT; or that of a loaded model. ``base`` and ``adapter`` are for a LoRA adapter: see :func:`find_adapter`.
 
     Raises CheckpointError, with what is missing (the folder, its config.json, its safetensors files) or what is wrong:
     no JSON object, a damaged header, or a configuration that asks for more than the tensors; and for a loaded model
@@ -43,6 +46,10 @@ def find_checkpoint(
         if base is not None:
             raise UsageError("`base` belongs to the folder of an adapter, and `checkpoint` is in memory, with its base")
         return LoadedCheckpoint.of(source, adapter)
+    if is_checkpoint_file(source):
+        if base is not None or adapter is not None:
+            raise UsageError(f"`base` and `adapter` belong to the folder of an adapter, and {source} is a file")
+        return LoadedCheckpoint.of_file(source)
     folder = locate(source)
     return find_adapter(folder, base, adapter) or whole_model(folder)
 
@@ -57,7 +64,7 @@ def find_tokenizer(source: TokenizerSource) -> AnyTokenizer:
         return LoadedTokenizer(source)
     folder = Path(source)
     there = exists(folder, "tokenizer")
-    if folder.is_file():
+    if folder.is_file() and folder.suffix != PICKLE:  # of which load_tokenizer says more
         raise CheckpointError(f"tokenizer {folder} is a file; give the folder that holds it")
     return folder if there else from_hub(str(source), what="tokenizer", patterns=TOKENIZER_PATTERNS)
 
@@ -73,6 +80,8 @@ def load_tokenizer(folder: AnyTokenizer) -> Any:
 
     CheckpointError if there is none, or if it cannot be loaded.
     """
+    if isinstance(folder, TokenIds):
+        return folder
     if isinstance(folder, LoadedTokenizer):
         with tempfile.TemporaryDirectory(prefix="ghoststore-") as temporary, quiet_transformers():
             folder.save(Path(temporary))
@@ -80,6 +89,11 @@ def load_tokenizer(folder: AnyTokenizer) -> Any:
     with importing():
         from transformers import AutoTokenizer
 
+    if folder.suffix == PICKLE and folder.is_file():
+        raise CheckpointError(
+            f"tokenizer {folder} is a pickle, which can run code when it is read, and is not read; for the characters "
+            "of nanoGPT's meta.pkl docs/nanogpt.md has the lines that save a tokenizer: give its folder"
+        )
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     if not any((folder / name).is_file() for name in names):
         raise CheckpointError(
@@ -143,11 +157,12 @@ def load_model(
     dtype: str = "float32",
     device: str = "cpu",
     attn_implementation: str | None = None,
+    encoder_decoder: bool = False,
 ) -> Any:
     """The causal language model of a checkpoint, in eval mode, in ``dtype`` on ``device``. That of a loaded model is a
-    copy, see :meth:`LoadedCheckpoint.copied`.
+    copy, see :meth:`LoadedCheckpoint.copied`. With ``encoder_decoder`` also one with an encoder (T5, Bart).
 
-    Raises CheckpointError if the architecture is not a causal language model, and if weights are missing (transformers
+    Raises CheckpointError if the architecture is not such a language model, and if weights are missing (transformers
     would initialise them at random), have another shape, or are not finite.
     """
     import torch
@@ -172,6 +187,11 @@ def load_model(
                 f"checkpoint {checkpoint.where}: parameter {name!r} has NaN or infinite weights"
                 + (f" in {dtype}; try `model_dtype=bfloat16`" if dtype == "float16" else "")
             )
+    if is_encoder_decoder(model) and not encoder_decoder:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.where}: {type(model).__name__} has an encoder and a decoder, and a causal "
+            "language model is expected here; `ghoststore build`, `query` of its parts and `full-gradients` take it"
+        )
     model = model.to(device).eval()
     try:
         refuse_lookahead(model, checkpoint.where)
@@ -188,7 +208,6 @@ def _read_model(checkpoint: Checkpoint, dtype: str, attn_implementation: str | N
     with importing():
         import torch
         import transformers.modeling_utils  # noqa: F401 - not below, while the model is made
-        from transformers import AutoModelForCausalLM
 
     shapes = checkpoint.shapes()  # reports a damaged file before transformers reads it
     check_config(checkpoint.folder / CONFIG, shapes)
@@ -198,7 +217,7 @@ def _read_model(checkpoint: Checkpoint, dtype: str, attn_implementation: str | N
             bounded_making(checkpoint.folder, shapes),
             without_adapter(checkpoint.folder) as folder,
         ):
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = _auto_class(folder).from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
                 attn_implementation=attn_implementation,
@@ -223,6 +242,24 @@ def _read_model(checkpoint: Checkpoint, dtype: str, attn_implementation: str | N
                 f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
             )
     return model
+
+
+def _auto_class(folder: Path) -> Any:
+    """The class of transformers that makes the model of a folder: that of encoder-decoder models for those."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+    config = read_object(folder / CONFIG)
+    names, kind = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, config.get("model_type")
+    paired = isinstance(kind, str) and names.get(kind) in (config.get("architectures") or ())
+    return AutoModelForSeq2SeqLM if paired else AutoModelForCausalLM
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether ``model`` reads in an encoder, and learns what its decoder reads."""
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and hasattr(
+        model, "prepare_decoder_input_ids_from_labels"
+    )
 
 
 def refuse_lookahead(model: Any, where: str | Path) -> None:
@@ -252,7 +289,11 @@ def sees_ahead(model: Any, ids: Any, changed: Any) -> bool:
     import torch
 
     with torch.no_grad():
-        first, second = (model(input_ids=x, attention_mask=torch.ones_like(x)).logits.float() for x in (ids, changed))
+        given = {"input_ids": ids} if is_encoder_decoder(model) else {}
+        name = "decoder_input_ids" if given else "input_ids"
+        first, second = (
+            model(**given, attention_mask=torch.ones_like(x), **{name: x}).logits.float() for x in (ids, changed)
+        )
     change_T = (first - second).abs().amax(dim=(0, 2))
     return float(change_T[:-1].max()) > 1e-3 * float(change_T[-1]) + 1e-6 * float(first.abs().max())
 

@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ghoststore.checkpoint.token_ids import TokenIds
+
 LARGEST_SECTION = 2000
 """Most characters of JSON of a section that is kept as it is."""
 
@@ -76,6 +78,8 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
 
     The padding token is included only if the chat template names it, because ghoststore pads rows itself.
     """
+    if isinstance(tokenizer, TokenIds):
+        return tokenizer.identity()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = _files(tokenizer) if backend is None else _backend(backend)
     template = getattr(tokenizer, "chat_template", None)

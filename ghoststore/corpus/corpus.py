@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from ghoststore.corpus.fields import ROLES_OF, WELL_KNOWN, ResolvedFields, Sample, resolve
+from ghoststore.corpus.fields import READING, ROLES_OF, WELL_KNOWN, ResolvedFields, Sample, resolve
 from ghoststore.corpus.formats.base import Form
 from ghoststore.corpus.formats.delimited import other_delimiter
 from ghoststore.corpus.formats.json_document import JsonForm
+from ghoststore.corpus.formats.token_stream import TokenStreamForm
 from ghoststore.corpus.kept import kept_value
 from ghoststore.corpus.locate import locate
 from ghoststore.corpus.memory import MemoryData, Source, recorded, source_of
@@ -27,6 +28,7 @@ from ghoststore.settings.fields import Fields
 from ghoststore.settings.shared import Data, is_stdin
 
 STDIN = "standard input"
+_OF = {"encoding": "text files (jsonl, json, csv, tsv, txt)", "delimiter": "csv and tsv files"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +123,27 @@ class Corpus:
             self._fields = self._resolve(self._fields)
         return self._fields
 
+    def cut_stream(self, length: int) -> None:
+        """Say how long the rows of a stream of token ids are, unless that is said, and note it; for other forms
+        nothing.
+        """
+        form = self._form
+        if not isinstance(form, TokenStreamForm):
+            return
+        if form.ids_window is None and form.ids_document_end is None:
+            self._form = replace(form, ids_window=length)
+            self._fields = replace(self.resolved, ids_window=length)
+            if self.note is not None:
+                self.note(
+                    f"{self.source}: one stream of token ids, whose rows are windows of {length} tokens, each from the "
+                    "last token of the one before. Documents are rows with `fields.ids_document_end`"
+                )
+
+    @property
+    def nameless(self) -> bool:
+        """Whether the samples are token ids, and nothing says which tokenizer made them."""
+        return self.form in ("megatron", "token-stream")
+
     @property
     def template_date(self) -> str | None:
         """For token shards: the date that the chat template has written into them. None without a date, and for other
@@ -197,7 +220,9 @@ class Corpus:
 
     def _resolve(self, fields: Fields) -> ResolvedFields:
         for path in self.files:
-            for key, row in self._form.rows(path, None, 0):
+            form = self._form
+            rows = form.first_row(path) if isinstance(form, TokenStreamForm) else form.rows(path, None, 0)
+            for key, row in rows:
                 where = self._form.where(path, key)
                 try:
                     first = check_object(row)
@@ -323,13 +348,11 @@ def _naming_stdin(spooled: str) -> Iterator[None]:
 
 
 def _reading(form: Form, fields: Fields | ResolvedFields, source: Source) -> Form:
-    """``form``, which reads files in the encoding and with the delimiter that ``fields`` give. UsageError where it has
-    none.
-    """
-    given = {name: value for name in ("encoding", "delimiter") if (value := getattr(fields, name)) is not None}
+    """``form``, which reads files in the way that ``fields`` give (see READING). UsageError where it has none."""
+    given = {name: value for name in READING if (value := getattr(fields, name)) is not None}
     for name, value in given.items():
         if not hasattr(form, name) or (name == "delimiter" and getattr(form, name) is None):
-            of = "text files (jsonl, json, csv, tsv, txt)" if name == "encoding" else "csv and tsv files"
+            of = _OF.get(name, "files of token ids alone (nanoGPT's .bin)")
             raise UsageError(f"`fields.{name}={value!r}` is for {of}, and {source} is {form.name}: leave it out")
     return replace(form, **given) if given else form  # type: ignore[type-var]
 

@@ -42,7 +42,7 @@ def form_wanted(out: Path) -> str:
 def check_export(source: str, form: str, out: Path) -> None:
     """UsageError unless rows of the corpus ``source``, which has the form ``form``, can be written to ``out``."""
     have, wanted = form.partition(".")[0], form_wanted(out)
-    if have in ("token-shards", "megatron"):
+    if have in ("token-shards", "megatron", "token-stream"):
         raise UsageError(
             f"{source} holds {have.replace('-', ' ')}: tokens, and not the rows that they were made of. Build a part "
             "of the corpus itself (`ghoststore build --data …`) and choose from that"

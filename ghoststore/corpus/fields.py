@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date, datetime
-from typing import TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import orjson
@@ -29,7 +29,15 @@ from ghoststore.corpus.values import (
     value_at,
 )
 from ghoststore.errors import CorpusError, UsageError
-from ghoststore.settings.fields import CONTENT_FIELDS, ROLES, ContentKind, Fields, check_text_options
+from ghoststore.settings.fields import (
+    CONTENT_FIELDS,
+    ROLES,
+    ContentKind,
+    Fields,
+    IdsDtype,
+    check_ids_options,
+    check_text_options,
+)
 
 WELL_KNOWN = (
     "text",
@@ -79,8 +87,8 @@ ROLES_OF: dict[ContentKind, tuple[str, ...]] = {**CONTENT_FIELDS, "chat-completi
 """The content fields of each kind. A prompt and a completion that are lists of messages are a kind of their own."""
 CONVERSATIONS = ("messages", "conversations", "conversation")
 """Fields in which conversations are looked for."""
-READING = ("encoding", "delimiter")
-"""Options of how to read a text file, which resolved fields keep."""
+READING = ("encoding", "delimiter", "ids_dtype", "ids_window", "ids_document_end")
+"""Options of how to read a file of text or of token ids, which resolved fields keep."""
 CANONICAL = orjson.OPT_SERIALIZE_NUMPY
 
 
@@ -182,9 +190,16 @@ class ResolvedFields:
     """The encoding of text files that was given; None for UTF-8, or what a file says by its byte order mark."""
     delimiter: str | None = None
     """The delimiter of cells that was given; None for that of the form."""
+    ids_dtype: IdsDtype | None = None
+    """The numbers in a file of token ids that were given; None for what it says, else uint16."""
+    ids_window: int | None = None
+    """Tokens of a window of a stream of token ids; None for other forms."""
+    ids_document_end: int | None = None
+    """The token that ends a document of such a stream; None for windows."""
 
     def __post_init__(self) -> None:
         check_text_options(self.encoding, self.delimiter)
+        check_ids_options(self.ids_dtype, self.ids_window, self.ids_document_end)
         if self.kind not in get_args(ContentKind):
             raise UsageError(f"kind of content: expected one of {get_args(ContentKind)}, found {self.kind!r}")
         for role in ROLES:
@@ -196,8 +211,8 @@ class ResolvedFields:
                 expected = "a field name" if wanted else "no field"
                 raise UsageError(f"{role} field of {self.kind} content: expected {expected}, found {name!r}")
 
-    def to_json(self) -> dict[str, str | None]:
-        """A dictionary of JSON values, from which `from_json` makes the same fields. How to read text is in it if it
+    def to_json(self) -> dict[str, str | int | None]:
+        """A dictionary of JSON values, from which `from_json` makes the same fields. How to read a file is in it if it
         was given.
         """
         return {name: value for name, value in asdict(self).items() if value is not None or name not in READING}
@@ -260,11 +275,12 @@ def resolve(fields: Fields, first_row: Mapping[str, object], where: str) -> Reso
     The content is in the given fields; otherwise in "text", in "prompt" and "completion", or in one of CONVERSATIONS,
     whichever comes first. Raises CorpusError for a given name that the row lacks, and if there is no content field.
     """
+    reading: dict[str, Any] = {name: getattr(fields, name) for name in READING}
     if isinstance(first_row.get("tokens"), Tokenized):
         named_fields = [f"`fields.{role}`" for role in ROLES if getattr(fields, role) is not None]
         if named_fields:
             raise UsageError(f"{where}: token shards have no fields to name; leave out {', '.join(named_fields)}")
-        return ResolvedFields(kind="tokens", id="id", domain="domain")
+        return ResolvedFields(kind="tokens", id="id", domain="domain", **reading)
     for role in ROLES:
         name = getattr(fields, role)
         if name is not None and not has_value(first_row, name):
@@ -274,7 +290,6 @@ def resolve(fields: Fields, first_row: Mapping[str, object], where: str) -> Reso
         label: label if name is None and label in first_row else name
         for label, name in (("id", fields.id), ("domain", fields.domain))
     }
-    reading = {name: getattr(fields, name) for name in READING}
     kind = next((kind for kind, roles in CONTENT_FIELDS.items() if getattr(fields, roles[0]) is not None), None)
     if kind is None:
         kind, names = _conventional(first_row, where)
@@ -282,7 +297,7 @@ def resolve(fields: Fields, first_row: Mapping[str, object], where: str) -> Reso
         names = {role: getattr(fields, role) for role in CONTENT_FIELDS[kind]}
     if kind == "prompt-completion" and any(isinstance(value_at(first_row, name), list) for name in names.values()):
         kind = "chat-completion"
-    return ResolvedFields(kind=kind, **names, **labels, **reading)
+    return ResolvedFields(kind=kind, **{**reading, **names, **labels})
 
 
 def _conventional(first_row: Mapping[str, object], where: str) -> tuple[ContentKind, dict[str, str]]:

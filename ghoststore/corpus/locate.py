@@ -14,10 +14,14 @@ from ghoststore.corpus.formats.base import Form
 from ghoststore.corpus.formats.dataset import DatasetForm
 from ghoststore.corpus.formats.json_document import JsonForm
 from ghoststore.corpus.formats.megatron import MegatronForm
+from ghoststore.corpus.formats.token_stream import TokenStreamForm
 from ghoststore.corpus.hub_folder import files_of_split, is_hub_folder, refuse_pointers
 from ghoststore.errors import CorpusError, GhostStoreError, UsageError
 
-SUPPORTED = f"supported: {', '.join(sorted(FORMS))}, a folder of such files, a save_to_disk folder, token shards"
+SUPPORTED = (
+    f"supported: {', '.join(sorted(FORMS))}, .bin (token ids), a folder of such files, a save_to_disk folder, token "
+    "shards"
+)
 NOT_DATA = {"", ".md", ".yaml", ".yml", ".py", ".idx"}
 INFOS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 """JSON files that say what a dataset is, and are none of its data."""
@@ -74,8 +78,10 @@ def _locate(source: str) -> tuple[Form, list[Path]]:
 
 
 def _form(path: Path) -> Form | None:
-    """The form of a file by its suffix; of a .bin by the index that lies beside it."""
-    return MegatronForm() if path.suffix == ".bin" and path.with_suffix(".idx").is_file() else form_of(path)
+    """The form of a file by its suffix; of a .bin by whether an index lies beside it."""
+    if path.suffix == ".bin":
+        return MegatronForm() if path.with_suffix(".idx").is_file() else TokenStreamForm()
+    return form_of(path)
 
 
 def _within(source: str) -> tuple[Path, tuple[str, ...]] | None:
@@ -117,7 +123,7 @@ def corpus_name(source: str) -> str:
         return "stdin"
     path = Path(source.split(BETWEEN)[0].rstrip("/"))
     name = path.name
-    for suffix in (".gz", ".zst", ".jsonl", ".ndjson", ".parquet", ".csv", ".txt", *FORMS):
+    for suffix in (".gz", ".zst", ".jsonl", ".ndjson", ".parquet", ".csv", ".txt", ".bin", *FORMS):
         name = name.removesuffix(suffix)
     return re.sub(r"[*?\[\]]+", "", name).strip("-_.") or path.parent.name if glob.has_magic(name) else name
 

@@ -154,7 +154,7 @@ class BuildOptions(ProgressOption, EngineOptions, LengthOptions, CorpusOptions, 
 
 
 @options
-class TokenizeOptions(ProgressOption, CorpusOptions):
+class TokenizeOptions(ProgressOption, EngineOptions, CorpusOptions):
     """Options of ``ghoststore tokenize``."""
 
     tokenizer: TokenizerSource = field(metadata=about("Folder with a saved tokenizer, or a hub id.", "Model"))
@@ -168,3 +168,8 @@ class TokenizeOptions(ProgressOption, CorpusOptions):
         "Advanced",
         metavar="N",
     )
+
+    def __post_init__(self) -> None:
+        self.check_engine()
+        if self.engine is not None and (in_memory(self.data) or is_stdin(self.data)):
+            raise UsageError("`engine=ray`: its actors each open the corpus: give a file")

@@ -2,12 +2,13 @@
 
 import codecs
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from ghoststore.errors import UsageError
-from ghoststore.settings.option import check_at_least, option
+from ghoststore.settings.option import check_at_least, check_own_types, option
 
 ContentKind: TypeAlias = Literal["text", "prompt-completion", "messages", "chat-completion", "tokens"]
+IdsDtype: TypeAlias = Literal["uint16", "uint32"]
 MOST_RECORD_BYTES = 1 << 40
 LARGEST_RECORD = 64 << 20
 ROLES = ("text", "prompt", "completion", "messages", "id", "domain")
@@ -32,6 +33,17 @@ def check_text_options(encoding: object, delimiter: object) -> None:
             raise UsageError(f"`fields.encoding` {encoding!r} is no encoding of text")
     if delimiter is not None and not (isinstance(delimiter, str) and len(delimiter) == 1 and delimiter not in '"\r\n'):
         raise UsageError(f"`fields.delimiter` must be one character, not {delimiter!r}")
+
+
+def check_ids_options(dtype: object, window: object, document_end: object) -> None:
+    """UsageError for ways to read token ids that do not go together, or that are none."""
+    if dtype is not None and dtype not in get_args(IdsDtype):
+        raise UsageError(f"`fields.ids_dtype` must be one of {', '.join(get_args(IdsDtype))}, not {dtype!r}")
+    for name, value, least in (("ids_window", window, 2), ("ids_document_end", document_end, 0)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise UsageError(f"`fields.{name}` must be a whole number, at least {least}, not {value!r}")
+    if window is not None and document_end is not None:
+        raise UsageError("`fields.ids_window` and `fields.ids_document_end` are two ways to cut a stream: give one")
 
 
 def delimiter_word(word: str) -> str:
@@ -80,17 +92,31 @@ class Fields:
         "Input",
         parse=delimiter_word,
     )
+    ids_dtype: IdsDtype | None = option(
+        None, "Numbers in a file of token ids alone, such as nanoGPT's train.bin (default: uint16).", "Advanced"
+    )
+    ids_window: int | None = option(
+        None,
+        "Tokens of a row of such a file, which begins with the last of the row before (default: the longest row).",
+        "Advanced",
+        metavar="TOKENS",
+    )
+    ids_document_end: int | None = option(
+        None, "Rows of such a file are documents, which end with this token (50256 in GPT-2).", "Advanced", metavar="ID"
+    )
     domain_parameter: str = option(
         "fields.domain", "The parameter that named the domain, for messages.", "Input", python_only=True
     )
 
     def __post_init__(self) -> None:
+        check_own_types(self, "fields.")
         check_at_least(1, **{"fields.max_record_bytes": self.max_record_bytes})
         if self.max_record_bytes > MOST_RECORD_BYTES:
             raise UsageError(
                 f"`fields.max_record_bytes` must be at most {MOST_RECORD_BYTES}, not {self.max_record_bytes}"
             )
         check_text_options(self.encoding, self.delimiter)
+        check_ids_options(self.ids_dtype, self.ids_window, self.ids_document_end)
         kinds = [kind for kind, names in CONTENT_FIELDS.items() if any(getattr(self, n) is not None for n in names)]
         if len(kinds) > 1:
             roles = [role for kind in kinds for role in CONTENT_FIELDS[kind]]

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
-from ghoststore.settings.option import check_choices, check_local, parameters_of
+from ghoststore.settings.option import check_choices, check_local, check_types, parameters_of
 
 P = ParamSpec("P")
 Options = TypeVar("Options")
@@ -20,8 +20,8 @@ def takes(kind: Callable[P, Options]) -> Callable[[Callable[[Options], R]], Call
     ``f(kind(seed=1))``.
 
     Type checkers see the keywords of ``kind``, and `help` shows their names, types and defaults. TypeError for an
-    unknown keyword, with the most similar one, and for a missing one; UsageError for a value that is not one of the
-    choices. A string in the place of a list of strings is a list of one.
+    unknown keyword, with the most similar one, and for a missing one; UsageError for a value of another type, or that
+    is not one of the choices. A string in the place of a list of strings is a list of one.
     """
 
     def decorate(function: Callable[[Options], R]) -> Callable[P, R]:
@@ -41,6 +41,7 @@ def takes(kind: Callable[P, Options]) -> Callable[[Callable[[Options], R]], Call
             for name, value in values.items():
                 if isinstance(value, str) and signature.parameters[name].annotation == Sequence[str]:
                     values[name] = (value,)
+            check_types(kind, values)
             refuse(values)
             options: Options = kind(**values)
             check_choices(options)

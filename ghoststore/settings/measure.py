@@ -19,6 +19,7 @@ from ghoststore.settings.shared import (
     CorpusOptions,
     Data,
     DeviceOption,
+    EngineOptions,
     FieldsOption,
     LayersOptions,
     LengthOptions,
@@ -94,7 +95,7 @@ class FullGradientsOptions(ProgressOption, LengthOptions, CorpusOptions, Checkpo
 
 @options
 class EvaluateOptions(
-    ProgressOption, RebuiltOptions, FieldsOption, WeightOption, PartsOptions, ValSetOption, StoreOption
+    ProgressOption, EngineOptions, RebuiltOptions, FieldsOption, WeightOption, PartsOptions, ValSetOption, StoreOption
 ):
     """Options of ``ghoststore evaluate``."""
 
@@ -132,6 +133,9 @@ class EvaluateOptions(
     workers: int | None = option(
         None, "Trainings at once (default: one a processor, at most 4; 1 on a GPU).", "Advanced"
     )
+
+    def __post_init__(self) -> None:
+        self.check_engine()
 
 
 @options

@@ -5,9 +5,11 @@ Help texts name other options by their parameter, in backticks; the command line
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from math import inf
+from numbers import Integral, Real
+from os import PathLike
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, Union, dataclass_transform, get_args, get_origin
@@ -109,17 +111,81 @@ def check_choices(options: Any) -> None:
             raise UsageError(f"`{spec.name}` {value!r} is unknown; known: {', '.join(choices)}")
 
 
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "True or False"),
+    int: ((Integral,), "a whole number"),
+    float: ((Real,), "a number"),
+    str: ((str,), "a word"),
+    Path: ((PathLike,), "a path"),
+    slice: ((slice,), "a slice"),
+}
+"""By type of an option, the classes of its values (numpy's numbers are among them), and its name in a message."""
+_WORDS = (Sequence[str], tuple[str, ...])
+
+
+def _fits(value: Any, member: Any) -> bool:
+    if member in _WORDS:
+        return isinstance(value, Collection) and not isinstance(value, str) and all(isinstance(x, str) for x in value)
+    if get_origin(member) is Literal:
+        return isinstance(value, str)  # check_choices tells which
+    is_bool = type(value).__name__ in ("bool", "bool_")  # numpy's, too
+    return is_bool if member is bool else isinstance(value, _KINDS[member][0]) and not is_bool
+
+
+def _called(member: Any) -> str:
+    if member in _WORDS:
+        return "a list of words"
+    return "a word" if get_origin(member) is Literal else _KINDS[member][1]
+
+
+def check_types(kind: type, values: Mapping[str, Any], within: str = "") -> None:
+    """UsageError for a value of another type than that of its field in ``kind``. Fields of other types than words,
+    numbers, paths and lists of words are not looked at. ``within`` begins their names in messages.
+    """
+    for spec in fields(kind):
+        members, value = members_of(spec.type), values.get(spec.name)
+        known = all(member in _KINDS or member in _WORDS or get_origin(member) is Literal for member in members)
+        if spec.name not in values or not known or value is spec.default or any(_fits(value, m) for m in members):
+            continue
+        if value is None and type(None) in get_args(spec.type):
+            continue
+        named = " or ".join(dict.fromkeys(map(_called, members)))
+        advice = "; leave it out for the default" if value is None and spec.default is not MISSING else ""
+        raise UsageError(f"`{within}{spec.name}` is {named}, not {value!r:.80}{advice}")
+
+
+def check_own_types(options: Any, within: str = "") -> None:
+    """UsageError for a value of ``options`` of another type than that of its field; see :func:`check_types`."""
+    check_types(type(options), {spec.name: getattr(options, spec.name) for spec in fields(options)}, within)
+
+
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """The beginning of an address. There is only one slash, because a Path drops the second."""
 
 
+_OBJECTS = re.compile(r"(s3|gs|az):/")
+STORES = ("store", "to_store")
+"""The options whose value may be in object storage."""
+
+
 def refuse_remote(name: str, value: Any) -> None:
-    """UsageError for an address (s3://, gs://, https://, …), which would be taken for a local folder."""
-    if isinstance(value, str | Path) and _REMOTE.match(str(value)):
-        raise UsageError(
-            f"`{name}={value}` is no local path: stores, corpora, checkpoints and results live in local folders and "
-            "files so far. Give a path, of a mounted bucket for instance"
-        )
+    """UsageError for an address (s3://, gs://, https://, …), which would be taken for a local folder.
+
+    A store may be in object storage.
+    """
+    if not isinstance(value, str | Path) or not _REMOTE.match(str(value)):
+        return
+    if name in STORES:
+        if not _OBJECTS.match(str(value)):
+            raise UsageError(
+                f"`{name}={value}` is no place for a store: a store is a local folder, or s3://BUCKET/PREFIX, "
+                "gs://BUCKET/PREFIX or az://CONTAINER/PREFIX"
+            )
+        return
+    raise UsageError(
+        f"`{name}={value}` is no local path: corpora, checkpoints and results live in local folders and files so far, "
+        "only a store may be in object storage. Give a path, of a mounted bucket for instance"
+    )
 
 
 def check_local(options: Any) -> None:

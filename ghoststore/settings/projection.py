@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from ghoststore.errors import UsageError
-from ghoststore.settings.option import check_at_least, check_choices, option
+from ghoststore.settings.option import check_at_least, check_choices, check_own_types, option
 
 Compress = int | Literal["auto", "none"]
 CompressBy = Literal["auto", "layer", "all"]
@@ -81,7 +81,7 @@ class ProjectionConfig:
         choices=KINDS,
         shortcut=("--proj-row-orthonormal", "orthonormal"),
     )
-    compress: Compress = option(
+    compress: Compress | None = option(
         "auto",
         "Sketch the whole vector to K numbers; auto: 256 bytes a layer (64 numbers of float32, 2,048 of onebit).",
         "Projection",
@@ -112,6 +112,7 @@ class ProjectionConfig:
     )
 
     def __post_init__(self) -> None:
+        check_own_types(self)
         check_choices(self)
         if not 0 < self.damping < math.inf:
             raise UsageError(f"`damping` must be above 0, not {self.damping}")

@@ -170,7 +170,7 @@ class QuestionOptions(
     damping: float | None = option(
         None, "Damping of `precondition`, relative to the mean eigenvalue (default: 0.1).", "Scoring"
     )
-    max_samples: int | None = option(None, FIRST_VAL_SAMPLES, "Input")
+    max_samples: int | None = option(None, f"{FIRST_VAL_SAMPLES} `minus` is read whole.", "Input")
     with_scores: str | None = option(
         None,
         "Blend with the values of this training run of the store: (1-W)·z(similarity) + W·z(value). The value of a "

@@ -32,7 +32,7 @@ class InMemory(Protocol):
 Data: TypeAlias = str | Path | Sequence[Path] | Sequence[str] | Sequence[Mapping[str, object]] | Sized
 """A path or several; or texts, dictionaries, or a table in memory (`datasets.Dataset`, pandas, Arrow)."""
 Checkpoint: TypeAlias = str | Path | InMemory
-"""A folder in transformers' format or a hub id; or a loaded model."""
+"""A folder in transformers' format, a hub id or nanoGPT's file; or a loaded model."""
 AdapterUse = Literal["only", "merge", "ignore"]
 TokenizerSource: TypeAlias = str | Path | InMemory
 """A folder or a hub id; or a loaded tokenizer."""
@@ -62,7 +62,7 @@ def is_stdin(data: Data | None) -> bool:
 
 DOMAINS = "Only samples of this domain; repeatable."
 FIRST_SAMPLES = "Only the first samples of the corpus."
-STORE = "The store: a directory."
+STORE = "The store: a directory, or in object storage (s3://BUCKET/PREFIX, gs://, az://)."
 FIRST_VAL_SAMPLES = "Only the first samples of the val set."
 LOSS_REDUCTION = "A sample's loss over its own targets."
 OVERLONG = "What to do with longer samples; window: one row for each window."
@@ -160,7 +160,7 @@ class AdapterOptions:
     adapter: AdapterUse | None = option(None, ADAPTER, "Model")
 
 
-CHECKPOINT = "Folder in transformers' format, of a model or a LoRA adapter, or a hub id."
+CHECKPOINT = "Folder in transformers' format, of a model or a LoRA adapter; a hub id; or nanoGPT's ckpt.pt."
 
 
 @options

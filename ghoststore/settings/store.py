@@ -27,7 +27,9 @@ Unit = Literal["sample", "window"]
 class InfoOptions:
     """Options of ``ghoststore info``."""
 
-    store: str | Path = field(kw_only=False, metadata=about("The store to look at: a directory.", "Input"))
+    store: str | Path = field(
+        kw_only=False, metadata=about("The store to look at: a directory, or in object storage.", "Input")
+    )
     part: str | None = option(None, "Only this part.", "Input")
     run: str | None = option(None, "Only this training run.", "Input")
 
@@ -58,7 +60,9 @@ class GcOptions(ProgressOption, InfoOptions):
 class OneOptions(InfoOptions):
     """The options that name one part or one training run."""
 
-    store: str | Path = field(kw_only=False, metadata=about("The store that has it: a directory.", "Input"))
+    store: str | Path = field(
+        kw_only=False, metadata=about("The store that has it: a directory, or in object storage.", "Input")
+    )
     part: str | None = option(None, "The part.", "Input")
     run: str | None = option(None, "Or the training run.", "Input")
 

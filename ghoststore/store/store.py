@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ghoststore.errors import CorruptError, UsageError
-from ghoststore.settings.option import refuse_remote
+from ghoststore.errors import CorruptError, StorageError, UsageError
 from ghoststore.store.base.disk import UNFINISHED, flush, publish_group, storage_errors
 from ghoststore.store.base.manifest import PART, RUN, Kind, check_format
 from ghoststore.store.base.names import FORMAT_VERSION, check_name, is_name
+from ghoststore.store.base.object_folders import unfinished_folder
+from ghoststore.store.base.object_path import ObjectPath, location
 from ghoststore.store.part.part import Part
 from ghoststore.store.run.run import Run
 from ghoststore.store.spans.group import read_attributes
@@ -23,7 +24,7 @@ def _is_of_creation(entry: Path) -> bool:
     """Whether ``entry`` is one that the creation of a store makes before the store's own ``zarr.json``."""
     if UNFINISHED.fullmatch(entry.name):
         return True
-    files = list(entry.iterdir()) if entry.name in ("parts", "runs") and entry.is_dir() else [entry]
+    files = _entries(entry) if entry.name in ("parts", "runs") and entry.is_dir() else [entry]
     return all(file.name == "zarr.json" or UNFINISHED.fullmatch(file.name) is not None for file in files)
 
 
@@ -40,7 +41,7 @@ class Store:
         UsageError if there is none, MismatchError for another format version, CorruptError if its
         metadata are damaged.
         """
-        folder = Path(path)
+        folder = location(path)
         try:
             attributes = read_attributes(folder, "store")
         except (UsageError, CorruptError) as error:
@@ -53,7 +54,7 @@ class Store:
     @classmethod
     def examined(cls, path: str | Path) -> Store:
         """As :meth:`open`, but a store with a part or a run may lack its own ``zarr.json``."""
-        folder = Path(path)
+        folder = location(path)
         try:
             return cls.open(folder)
         except CorruptError:
@@ -67,7 +68,7 @@ class Store:
 
         A creation that was interrupted is completed.
         """
-        folder = Path(path)
+        folder = location(path)
         cls.refuse_others(folder)
         if not (folder / ROOT).exists():
             with storage_errors(str(folder)):
@@ -81,12 +82,13 @@ class Store:
     @staticmethod
     def refuse_others(folder: Path) -> None:
         """UsageError if :meth:`create` would touch something that is not a store."""
-        refuse_remote("store", folder)
         if (folder / ROOT).exists() or not folder.exists():
             return
         if holds_anything(folder):
             raise _without_root(folder)
-        if not folder.is_dir() or not all(_is_of_creation(entry) for entry in folder.iterdir()):
+        if not (isinstance(folder, ObjectPath) or folder.is_dir()) or not all(
+            _is_of_creation(entry) for entry in _entries(folder)
+        ):
             raise UsageError(f"{folder} exists and is not a store; give `store` another path, or empty it")
 
     def part_path(self, name: str) -> Path:
@@ -163,10 +165,23 @@ def _without_root(folder: Path) -> CorruptError:
     )
 
 
+def _entries(folder: Path) -> list[Path]:
+    """What is in ``folder``; nothing if the last object in it was removed just now."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
 def _folders(path: Path) -> list[str]:
     try:
         if not path.is_dir():
             return []
-        return sorted(p.name for p in path.iterdir() if is_name(p.name) and p.is_dir())
+        names = sorted(p.name for p in _entries(path) if is_name(p.name) and p.is_dir())
+        if isinstance(path, ObjectPath):  # a folder that is being made has its names already
+            return [name for name in names if not unfinished_folder(path / name)]
+        return names
+    except StorageError:
+        raise
     except OSError as error:
         raise CorruptError(f"{path} cannot be read: {error.strerror}") from error

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from ghoststore.store.base.disk import UNFINISHED
+from ghoststore.store.base.object_path import ObjectPath
 from ghoststore.store.part.caches import FOLDERS, SECOND_MOMENT, cache_groups
 from ghoststore.store.part.indexes import FOLDER as INDEX
 from ghoststore.store.part.indexes import is_index_file
@@ -35,6 +37,9 @@ def entries_below(folder: Path, below: str = "", *, deep: bool = True) -> Iterat
 
     An unfinished folder is one entry. Links are not followed. Without ``deep`` only the folder itself is listed.
     """
+    if isinstance(folder, ObjectPath):
+        yield from _objects_below(folder / below if below else folder, deep)
+        return
     try:
         with os.scandir(folder / below) as listing:
             entries = sorted(listing, key=lambda entry: entry.name)
@@ -51,8 +56,28 @@ def entries_below(folder: Path, below: str = "", *, deep: bool = True) -> Iterat
             yield name, folder / name, None
 
 
+def _objects_below(folder: ObjectPath, deep: bool) -> Iterator[tuple[str, Path, str | None]]:
+    """:func:`entries_below` of an object store."""
+    if not deep:
+        with suppress(FileNotFoundError):
+            for path in sorted(folder.iterdir(), key=lambda path: path.name):
+                yield path.name, path, None
+        return
+    seen = ""
+    for name, path in sorted(folder.below(), key=lambda item: item[0]):
+        parts = name.split("/")
+        unfinished = next((i for i, part in enumerate(parts[:-1], 1) if is_unfinished(part)), None)
+        if unfinished is None:
+            yield name, path, None
+        elif (whole := "/".join(parts[:unfinished])) != seen:
+            seen = whole
+            yield whole, folder / whole, None
+
+
 def size_of(path: Path) -> int:
     """Bytes of a file, or of all files in a folder; 0 for what cannot be read."""
+    if isinstance(path, ObjectPath):
+        return path.stat().st_size if path.is_file() else sum(found.stat().st_size for _, found in path.below())
     try:
         if not path.is_dir() or path.is_symlink():
             return path.lstat().st_size

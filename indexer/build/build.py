@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +16,7 @@ from ghoststore.settings.keywords import takes
 from ghoststore.store import Part, Store
 from ghoststore.store.base.manifest import refuse_differences
 from ghoststore.store.base.own import remember
+from ghoststore.store.base.writable import may_write
 from ghoststore.store.info import describe
 from ghoststore.store.part.part import create_part, span_table
 from ghoststore.store.spans.writer import writing
@@ -111,14 +111,23 @@ def opened(
             beginning = stack.enter_context(begin(Store.create(options.store), name, progress))
         inputs = stack.enter_context(open_inputs(options, progress, checked=share))
         job = plan_job(inputs, progress, joining=share is not None)
-        part = _open_part(Store.create(options.store), job, progress)
-        beginning.close()
-        if problem := remember(part.manifest, job.manifest["source"], part.path):
-            progress.note(problem)
-        # A complete part in a folder without write access is only read: there is nothing to write.
-        if not part.complete or os.access(part.path, os.W_OK):
-            stack.enter_context(writing(part, shared=share is not None))
-        yield job, Part(part.path)  # opened again: another process may have written until the lock was ours
+        try:
+            part = _open_part(Store.create(options.store), job, progress)
+        except MismatchError:
+            if share is None or inputs.existing is not None:
+                raise
+            part = None  # another made the part meanwhile, and may have learned other last bits: its own are taken
+        if part is not None:
+            beginning.close()
+            if problem := remember(part.manifest, job.manifest["source"], part.path):
+                progress.note(problem)
+            # A complete part in a folder without write access is only read: there is nothing to write.
+            if not part.complete or may_write(part.path):
+                stack.enter_context(writing(part, shared=share is not None))
+            yield job, Part(part.path)  # opened again: another process may have written until the lock was ours
+            return
+    with opened(options, progress, share) as job_and_part:
+        yield job_and_part
 
 
 def _open_part(store: Store, job: BuildJob, progress: Progress) -> Part:

@@ -25,7 +25,7 @@ from torch import Tensor
 from ghoststore.errors import CorpusError, LayerError
 from ghoststore.progress import Progress
 from ghoststore.settings.projection import LEARNED
-from indexer.encode.batching import plan_batches
+from indexer.encode.batching import batches_of
 from indexer.encode.encoder import RowEncoder
 from indexer.encode.losses import Reduction
 from indexer.encode.tokens import Row
@@ -265,8 +265,7 @@ class _Passes:
         )
         task = self.progress.task("learning the projection", len(self.rows))
         with closing(task), encoder:
-            lengths = [len(row.tokens) for row in self.rows]
-            for batch in plan_batches(lengths, self.batch_tokens, padding=self.padding):
+            for batch in batches_of(self.rows, self.batch_tokens, padding=self.padding):
                 for start in range(0, len(batch), most):
                     batch_rows = [self.rows[place] for place in batch[start : start + most]]
                     vectors, losses = encoder(batch_rows)
@@ -287,7 +286,7 @@ class _Passes:
                         block.view(len(block), layer.k_out, layer.k_in)
                         for layer, block in zip(layers, blocks, strict=True)
                     ]
-                    task.advance(len(batch_rows), sum(len(row.tokens) for row in batch_rows))
+                    task.advance(len(batch_rows), sum(row.length for row in batch_rows))
         if not self.finite:
             raise _nothing_to_learn(not_finite_layer or layers[0].block.name, "the gradients are not finite")
 

@@ -168,7 +168,7 @@ def plan_corpus(
         if lengths_needed:
             for sample, rows in _tokenized(samples, tokenizer, settings):
                 table.add(sample, len(rows))
-                tokens += sum(len(row.tokens) for row in rows)
+                tokens += sum(row.length for row in rows)
         else:
             for sample in samples:
                 table.add(sample, 1)
@@ -292,7 +292,7 @@ def sample_columns(rows: Sequence[Row], domains: Sequence[str]) -> dict[str, NDA
         "source_offset": [row.sample.offset for row in rows],
         "source_digest": [row.sample.digest() for row in rows],
         "window_start": [row.window_start for row in rows],
-        "n_tokens": [len(row.tokens) for row in rows],
+        "n_tokens": [row.n_tokens for row in rows],
     }
     dtypes = {name: object if dtype is str else dtype for name, dtype in SAMPLE_COLUMNS.items()}
     return {name: np.array(values[name], dtype=dtype) for name, dtype in dtypes.items()}

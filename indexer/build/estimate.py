@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 
 from indexer.build.job import BuildJob
-from indexer.encode.batching import plan_batches
+from indexer.encode.batching import batches_of
 from indexer.encode.encoder import RowEncoder
 from indexer.encode.tokens import rows_of
 from indexer.projection.matrices import Projection, drawn_sides
@@ -30,7 +30,7 @@ def estimated_seconds(job: BuildJob) -> dict[str, float]:
     usable = list(islice((row for row in rows if row.status.usable), ROWS))
     if not usable or not rows_left or job.plan.tokens is None:
         return {}
-    batch = max(plan_batches([len(row.tokens) for row in usable], inputs.batch_tokens, padding=job.padding), key=len)
+    batch = max(batches_of(usable, inputs.batch_tokens, padding=job.padding), key=len)
     projection = Projection.with_sides(
         plan, {layer.block.name: drawn_sides(plan.config, layer) for layer in plan.layers}
     )
@@ -45,7 +45,7 @@ def estimated_seconds(job: BuildJob) -> dict[str, float]:
             if encoder.device.type == "cuda":
                 torch.cuda.synchronize(encoder.device)
             spent = time.perf_counter() - begun
-    of_all = spent / sum(len(usable[place].tokens) for place in batch) * job.plan.tokens
+    of_all = spent / sum(usable[place].length for place in batch) * job.plan.tokens
     seconds = {"compute": of_all * rows_left / job.plan.rows}
     if plan.calibrated and plan.calibration is None:
         seconds["learning"] = LEARNING * min(1.0, plan.config.calibration_samples / job.plan.rows) * of_all

@@ -29,11 +29,13 @@ from ghoststore.settings.build import BuildOptions
 from ghoststore.software import versions_of
 from ghoststore.store import Manifest, Part, Store
 from ghoststore.store.base.names import check_name, safe_name
+from ghoststore.store.base.object_path import location
 from ghoststore.store.base.writable import check_writable
 from ghoststore.store.spans.soundness import refuse_damaged, refuse_damaged_spans
 from indexer.build.kept_fields import checked_names
 from indexer.build.like import fields_like, part_like
-from indexer.encode.tokens import Tokenizer, TokenSettings, embedding_rows, longest_row
+from indexer.encode.pairs import loss_definition, tokenizer_for
+from indexer.encode.tokens import TAKEN, Tokenizer, TokenSettings, longest_row
 from indexer.projection.adam import learning_rate_of
 
 DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -73,7 +75,7 @@ class BuildInputs:
     def loss(self) -> Manifest:
         """The section of the manifest that says what is differentiated."""
         return {
-            "definition": "next-token cross-entropy of each sample's own targets",
+            "definition": loss_definition(self.model),
             "reduction": self.options.loss_reduction,
         }
 
@@ -128,7 +130,7 @@ def open_inputs(
     given = options.tokenizer
     text_tokenizer = load_tokenizer(checkpoint.tokenizer_folder if given is None else given_tokenizer(given))
     name = check_name(options.name) if options.name else safe_name(checkpoint.name, part_word(options.data))
-    Store.refuse_others(Path(options.store))
+    Store.refuse_others(location(options.store))
     like = None if options.like is None else part_like(options)
     if like is not None and like.name == name:
         raise UsageError(f"`name` is {name!r}, that of the part that the new one is like: give another `name`")
@@ -136,20 +138,29 @@ def open_inputs(
     if existing is not None:
         refuse_incomplete(existing)
     if not options.dry_run and not (existing is not None and existing.complete):
-        check_writable(Path(options.store) / "parts" if existing is None else existing.path)
+        check_writable(location(options.store) / "parts" if existing is None else existing.path)
     with open_corpus(options.data, _fields(options, repaired, like), progress) as corpus:
         corpus = corpus.keeping(checked_names(options.keep_fields, corpus))
         model = load_model(
-            checkpoint, dtype=options.model_dtype, device=device, attn_implementation=options.attn_implementation
+            checkpoint,
+            dtype=options.model_dtype,
+            device=device,
+            attn_implementation=options.attn_implementation,
+            encoder_decoder=True,
         )
         before = existing or like
-        tokenizer = Tokenizer(
+        tokenizer = tokenizer_for(
+            model,
             text_tokenizer,
-            vocabulary=embedding_rows(model),
             note=progress.note,
             # The date in the rows that exist, so that a build that continues on another day makes the same tokens.
+            takes_ids=given is not None,
             template_date=corpus.template_date if before is None else before.manifest["tokens"]["template_date"],
         )
+        max_length = longest_row(model, options.max_length)
+        corpus.cut_stream(max_length)
+        if corpus.nameless and given is not None:
+            progress.note(f"{corpus.source}: {TAKEN}")
         yield BuildInputs(
             options=options,
             checkpoint=checkpoint,
@@ -161,7 +172,7 @@ def open_inputs(
             device=device,
             batch_tokens=options.batch_tokens or DEFAULT_BATCH_TOKENS[torch.device(device).type],
             tokens=TokenSettings(
-                max_length=longest_row(model, options.max_length),
+                max_length=max_length,
                 overlong=options.overlong,
                 template_date=tokenizer.template_date,
             ),
@@ -184,7 +195,7 @@ def existing_part(
     """The part called ``name``, or None. CorruptError naming what is damaged: every committed span is read, which is
     little beside what a build computes; with ``checked`` those that it names, see :func:`open_inputs`.
     """
-    if not (Path(store) / "zarr.json").exists():
+    if not (location(store) / "zarr.json").exists():
         return None
     opened_store = Store.open(store)
     if name not in opened_store.part_names():

@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ghoststore.corpus import Sample
 from ghoststore.errors import CaptureError
 from ghoststore.store.part.status import Status
-from indexer.encode.encoder import RowEncoder, pad
+from indexer.encode.encoder import RowEncoder, inputs_of
 from indexer.encode.losses import Reduction, next_token_losses_plainly
 from indexer.encode.modes import forward_options
 from indexer.encode.plain import ArrivingBlocks
@@ -84,6 +85,8 @@ class ModelCheck:
         self._longest_shared = min(longest, batch_tokens // 2)
         self._checkpointing, self._note = checkpointing, note
         self._tokens = [row.tokens for row in rows if row.status.usable]
+        self._starts = [row.tokens[:1] for row in rows if row.status.usable and row.source is not None]
+        """What the decoder of an encoder-decoder model reads first; none for a causal one."""
         self._narrow = model.dtype in (torch.float16, torch.bfloat16)
         self._options = forward_options(model)
 
@@ -103,7 +106,11 @@ class ModelCheck:
         token.
         """
         tokens: Tokens = self._ids(min(length, self._longest), place).int().numpy()
-        return Row(Sample(place, "", None, "", -1, 0), 0, 0, tokens, 1, Status.OK)
+        sample = Sample(place, "", None, "", -1, 0)
+        if not self._starts:
+            return Row(sample, 0, 0, tokens, 1, Status.OK)
+        read = np.concatenate([self._starts[0], tokens[::-1][: max(1, len(tokens) - 2)]])
+        return Row(sample, 0, 0, read, 1, Status.OK, tokens)
 
     def _ids(self, length: int, place: int = 0) -> Tensor:
         """(length,): tokens of the corpus, filled up from the vocabulary if the corpus has few different ones.
@@ -126,8 +133,8 @@ class ModelCheck:
 
     def _losses(self, rows: Sequence[Row]) -> Tensor:
         device = next(self._model.parameters()).device
-        ids, labels, mask = (x.to(device) for x in pad(rows))
-        logits = self._model(input_ids=ids, attention_mask=mask, **self._options).logits
+        inputs, labels = inputs_of(rows, device)
+        logits = self._model(**inputs, **self._options).logits
         return next_token_losses_plainly(logits, labels, reduction=self._reduction)[0]
 
     def _refuse_mixed_axes(self) -> None:
@@ -154,9 +161,8 @@ class ModelCheck:
 
     def _vectors(self, projection: Projection, batches: Sequence[Sequence[Row]]) -> Tensor:
         """(B, D): the engine's vectors of all rows of ``batches``."""
-        with RowEncoder(
-            self._model, projection, reduction=self._reduction, checkpointing=self._checkpointing
-        ) as encoder:
+        settings: dict[str, Any] = {"reduction": self._reduction, "checkpointing": self._checkpointing}
+        with RowEncoder(self._model, projection, find_uses=False, **settings) as encoder:
             return torch.cat([encoder(rows).vectors for rows in batches])
 
     def _pads_in_small(self, projection: Projection) -> bool:
@@ -242,7 +248,8 @@ class ModelCheck:
         return change <= (NARROW_STATES_TOLERANCE if self._narrow else STATES_TOLERANCE) * spread
 
     def _states(self, ids: Tensor, real: int) -> Tensor:
-        """(real, width) float32: the hidden states of the first ``real`` of ``ids``; the others are padding.
+        """(real, width) float32: the hidden states of the first ``real`` of ``ids``; the others are padding. Of an
+        encoder-decoder model those of a few tokens of the decoder, whose encoder reads ``ids``.
 
         They are taken before the head, if there is a base model, because the head does not matter here and takes a
         third of the time.
@@ -250,14 +257,19 @@ class ModelCheck:
         device = next(self._model.parameters()).device
         mask = (torch.arange(len(ids)) < real).long()
         body = getattr(self._model, "base_model", self._model)
+        read: dict[str, Tensor] = {}
+        if self._starts:  # the decoder reads the same; what it makes of it depends on the encoder
+            tokens = self._row(0, LENGTHS[0]).tokens
+            read["decoder_input_ids"] = torch.from_numpy(tokens).long().unsqueeze(0).to(device)
         with torch.no_grad():
             output = body(
                 input_ids=ids.unsqueeze(0).to(device),
                 attention_mask=mask.unsqueeze(0).to(device),
+                **read,
                 **forward_options(body),
             )
         states: Tensor = output.last_hidden_state if "last_hidden_state" in output else output.logits
-        return states[0, :real].float()
+        return states[0].float() if read else states[0, :real].float()
 
 
 def _named(errors: dict[str, float]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from ghoststore.cluster import ray_cluster, runtime_environment
+from ghoststore.cluster import ray_cluster, room, runtime_environment
 from ghoststore.errors import GhostStoreError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.settings.build import BuildOptions
@@ -130,15 +130,15 @@ def build_on_ray(options: BuildOptions, progress: Progress) -> BuildReport:
     """
     with ray_cluster(options.ray_address) as ray:
         have = ray.cluster_resources()
-        cores, gpus = int(have.get("CPU", 0)), float(have.get("GPU", 0))
+        cores, gpus = int(have.get("CPU", 0)), have.get("GPU", 0)
         a_worker = options.num_gpus
         if a_worker is None:
             a_worker = 1.0 if gpus and options.device in ("auto", "cuda") else 0.0
-        room = min(cores, int(gpus / a_worker)) if a_worker else cores
-        count = options.workers or max(1, room)
-        if count > room:
+        at_most = room(ray, 1, a_worker)
+        count = options.workers or max(1, at_most)
+        if count > at_most:
             raise UsageError(
-                f"`workers={count}`: the Ray cluster has room for {room} workers of at least one core and "
+                f"`workers={count}`: the Ray cluster has room for {at_most} workers of at least one core and "
                 f"{a_worker:g} GPU(s); it has {cores} cores and {gpus:g} GPUs"
             )
         # With a GPU for each, one core feeds it; on CPUs they share all.

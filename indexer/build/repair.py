@@ -24,6 +24,7 @@ from ghoststore.settings.store import RepairOptions
 from ghoststore.store import Part, Run
 from ghoststore.store.base.disk import replace as replace_file
 from ghoststore.store.base.disk import storage_errors
+from ghoststore.store.base.object_path import refuse_objects
 from ghoststore.store.base.opening import links_below
 from ghoststore.store.base.own import is_own, source_path
 from ghoststore.store.base.records import FileRecord
@@ -101,6 +102,13 @@ def repair(options: RepairOptions) -> RepairReport:
     StorageError if the disk refuses. The report lists damage that could not be mended.
     """
     progress = options.progress or Silent()
+    refuse_objects(
+        options.store,
+        "store",
+        "repairing",
+        "build the part again under another `name` and remove this one (`ghoststore rm`), or bring the whole store to "
+        "a local folder with the tool of your provider, repair it there, and bring it back",
+    )
     store = Store.examined(options.store)
     parts, runs = store.chosen(options.part, options.run)
     mended, unmended = restore_groups(store), list[Unmended]()

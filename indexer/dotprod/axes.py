@@ -29,15 +29,15 @@ class KnownAxes:
     """
 
     def __init__(self, model: nn.Module, kinds: Mapping[str, LayerType], *, trusted: bool) -> None:
-        self._model, self._kinds = model, kinds
+        self._model, self._kinds, self._trusted = model, kinds, trusted
         self._known: set[str] = set(kinds) if trusted else set()
         self._ran: set[str] = set()
         self._probed = self._train_checked = self._packed_checked = trusted
         self._keeper: CallKeeper | None = None
 
     def attach(self) -> None:
-        """Record what the model is called with, unless nothing is left to check."""
-        if not (self.complete and self._packed_checked):
+        """Record what the model is called with, unless the axes are trusted."""
+        if not self._trusted:
             self._keeper = CallKeeper(self._model)
 
     def detach(self) -> None:
@@ -79,27 +79,28 @@ class KnownAxes:
         if not self.complete:
             self._ran.add(name)
 
-    def begin_train(self, *, packed: bool = False) -> None:
-        """Begin a train batch, ``packed`` or with a row for each sample."""
+    def begin_train(self) -> None:
+        """Begin a train batch."""
         self._ran = set()
         if self._keeper is not None:
-            self._keeper.begin(wanted=not self.complete or (packed and not self._packed_checked))
+            self._keeper.begin()
 
     def end_train(self) -> None:
         """End the train batch and drop what was recorded of it."""
         if self._keeper is not None:
             self._keeper.forget()
 
-    def check_train(self, open_batch: OpenBatch) -> None:
-        """Check the layers that ran in the train batch; later, those that never ran before. In the first packed one
-        check that its rows keep the samples apart.
+    def check_train(self, open_batch: OpenBatch, *, new_forms: bool = False) -> None:
+        """Check the layers that ran in the train batch; later, those that never ran before, or all of them where axes
+        have ``new_forms``. In the first packed one check that its rows keep the samples apart.
 
         CaptureError that names every layer whose input does not follow the samples.
         """
         batch, unknown = open_batch.rows, self._ran - self._known
         if open_batch.segments is not None and not self._packed_checked:
             self._check_packed(open_batch.segments, open_batch.ran)
-        if not unknown and (self._train_checked or batch < 2):
+        again = new_forms and self._train_checked and not self._trusted and open_batch.segments is None
+        if not unknown and ((self._train_checked and not again) or batch < 2):
             return
         call = None if self._keeper is None else self._keeper.call
         if call is None and unknown:
@@ -109,7 +110,9 @@ class KnownAxes:
                 "Give `val_data` whose `val_losses` reach it, call the model, or leave it out with `exclude_layers`"
             )
         if call is not None:
-            refuse_mixed(self._strangers(call, batch, unknown), len(self._kinds))
+            ran = open_batch.ran if again else self._ran
+            layers = ran if again or not self._train_checked else unknown
+            refuse_mixed(self._strangers(call, batch, layers, unknown), len(self._kinds))
         self._train_checked |= batch > 1
         self._known |= unknown
 
@@ -124,11 +127,11 @@ class KnownAxes:
             refuse_mixed_segments(self._model, call, segments, sorted(ran))
         self._packed_checked = True
 
-    def _strangers(self, call: Call, batch: int, unknown: set[str]) -> dict[str, str]:
+    def _strangers(self, call: Call, batch: int, layers: set[str], unknown: set[str]) -> dict[str, str]:
         try:
-            layers = {name: self._kinds[name] for name in (unknown if self._train_checked else self._ran)}
+            kinds = {name: self._kinds[name] for name in layers}
             with uncompiled():
-                problems = strangers(self._model, call, batch, layers, outputs=bool(unknown))
+                problems = strangers(self._model, call, batch, kinds, outputs=bool(unknown))
         except CannotRun:
             if unknown:
                 raise

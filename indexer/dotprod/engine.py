@@ -21,7 +21,7 @@ from ghoststore.settings.train import Route, ScoreLayers, ScoreMetric
 from indexer.dotprod.axes import KnownAxes
 from indexer.dotprod.fused_head import FusedHead, common_factor
 from indexer.dotprod.held_factors import FactorHolder
-from indexer.dotprod.in_graph import InGraph, is_compiled
+from indexer.dotprod.in_graph import InGraph
 from indexer.dotprod.ledger import (
     batch_norms_of,
     refuse_batch_statistics,
@@ -41,10 +41,11 @@ from indexer.dotprod.val_data import ValLosses, default_losses, language_model_l
 from indexer.dotprod.val_gradient import ValGradient
 from indexer.dotprod.val_side import ValSide
 from indexer.encode.flat_rows import FlatRows
-from indexer.encode.modes import settle_hooks, uncompiled, without_autocast
+from indexer.encode.modes import is_compiled, settle_hooks, uncompiled, without_autocast
 from indexer.encode.tap import tapped
+from indexer.encode.uses import CallWindows, refuse_hidden
 from indexer.layers import LayerType
-from indexer.layers.base import input_of
+from indexer.layers.base import input_of, refuse_counted
 from indexer.projection.matrices import Projection
 
 
@@ -119,7 +120,8 @@ class GradDotProdEngine(ValSide):
             pairs=pairs,
             check=check,
         )
-        self._val = ValGradient(self.model, self.method, losses)
+        self._windows = CallWindows(self.model, self.method.by_module) if check else None
+        self._val = ValGradient(self.model, self.method, losses, self._windows)
         self._val.set(val_data, groups)
         self._kinds = self.method.kinds
         self._axes = KnownAxes(self.model, self._kinds, trusted=not check)
@@ -152,6 +154,8 @@ class GradDotProdEngine(ValSide):
         self.method.attach(self._device)
         try:
             self._axes.attach()
+            if self._windows is not None:
+                self._handles += self._windows.attach()
             for name, hook in self._hooks.items():
                 module = self.model.get_submodule(name)
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
@@ -246,7 +250,9 @@ class GradDotProdEngine(ValSide):
             holder.begin(open_batch)
         try:
             with uncompiled():
-                yield ScoringBatch(open_batch, loss_scale, self.method, holder, self._finish, self._tolerance)
+                yield ScoringBatch(
+                    open_batch, loss_scale, self.method, holder, self._finish, self._tolerance, self._look_for_hidden
+                )
         finally:
             if self._train is open_batch:
                 self.discard()
@@ -280,7 +286,9 @@ class GradDotProdEngine(ValSide):
             self.refresh(loss_scale)
         self._train, self._size = open_batch, open_batch.rows
         self._flat_rows.begin()
-        self._axes.begin_train(packed=open_batch.segments is not None)
+        self._axes.begin_train()
+        if self._windows is not None:
+            self._windows.begin()
         self.method.begin_train(open_batch.size)
         if open_batch.leaf is None:
             self._in_graph.begin(open_batch)
@@ -326,6 +334,7 @@ class GradDotProdEngine(ValSide):
             open_batch.weights_B = None  # the loss is not watched
             raise
         open_batch.forwarded = True
+        self._look_for_hidden(loss)
 
         def add_upstream(gradient: Tensor) -> None:
             if self._train is open_batch:
@@ -335,10 +344,17 @@ class GradDotProdEngine(ValSide):
         source = loss if log_probs is None else log_probs
         source.register_hook(add_upstream)  # type: ignore[no-untyped-call]
 
+    def _look_for_hidden(self, loss: Tensor) -> None:
+        """Note the parameters that the ``loss`` of the open batch uses where no tap sees it."""
+        if self._windows is not None and self._train is not None:
+            elsewhere = self._in_graph.layers | self._fused_head.ran
+            self._train.hidden = self._windows.hidden(loss, elsewhere)
+
     def collect(self) -> Scores:
         """Return the scores of the prepared batch, after its backward pass.
 
-        CaptureError if the watched loss did not go backward, or if taps and autograd differ (first batch only).
+        CaptureError if the watched loss did not go backward, if it uses a weight where no tap sees it, or if taps and
+        autograd differ (first batch only).
         """
         open_batch = self._require_open()
         scale_B = open_batch.scale()
@@ -351,9 +367,12 @@ class GradDotProdEngine(ValSide):
         """Return the scores of the open batch, after its backward pass, and close it."""
         started = time.perf_counter()
         try:
-            self._axes.check_train(open_batch)
+            self._axes.check_train(open_batch, new_forms=self._flat_rows.new_forms)
             self._flat_rows.check()
+            self._flat_rows.remember()
             scores = self.method.scores(scale_B, self._val.group_share, self._tolerance())
+            if not bool(scores.total.isnan().all()):
+                refuse_hidden([*open_batch.hidden, *self._val.hidden])
         finally:
             self.discard()
         seconds = self._seconds + open_batch.seconds + time.perf_counter() - started
@@ -398,6 +417,8 @@ class GradDotProdEngine(ValSide):
             if not torch.is_grad_enabled():
                 return None
             seen = kind.seen(module, args, kwargs, y, self._size, name)
+            if not self._check:
+                refuse_counted(seen, name)
             if not seen.requires_grad:
                 return None
             self._narrow |= seen.dtype in (torch.float16, torch.bfloat16)
@@ -409,10 +430,13 @@ class GradDotProdEngine(ValSide):
             else:
                 self._axes.ran(name)
                 train.saw(name, flat=seen.flat)
-                self._flat_rows.saw(name, seen)
+                self._flat_rows.saw(name, seen, self._size)
                 self._seconds += time.perf_counter() - started  # the val pass is timed as a whole
                 see = train.in_time(self.method.see_train(name))
-            return seen.back(tapped(seen, saved, see, leaf).outputs)
+            output = seen.back(tapped(seen, saved, see, leaf).outputs)
+            if self._windows is not None:
+                self._windows.ended(name)
+            return output
 
         return hook
 

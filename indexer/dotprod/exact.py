@@ -111,6 +111,11 @@ class ExactMethod:
         return {name: tapped.kind for name, tapped in self.ledger.tapped.items()}
 
     @property
+    def by_module(self) -> dict[str, list[nn.Parameter]]:
+        """By module to tap, the scored parameters whose use in it the tap sees."""
+        return self.ledger.by_module
+
+    @property
     def blocks(self) -> list[str]:
         """Names of the blocks that have scores of their own."""
         return self.ledger.blocks

@@ -70,6 +70,8 @@ class FusedHead:
         names = [name for name, module in model.named_modules() if module is head and name in method.kinds]
         self._name = names[0] if names and backbone is not model and isinstance(backbone, nn.Module) else None
         self._backbone = backbone
+        self.ran: set[str] = set()
+        """The name of the head, if it was seen in the open batch."""
         self._open: OpenBatch | None = None
         self._hidden: Tensor | None = None
         self._handle: RemovableHandle | None = None
@@ -92,7 +94,7 @@ class FusedHead:
 
     def begin(self, open_batch: OpenBatch) -> None:
         """A train batch is open."""
-        self._open = open_batch
+        self._open, self.ran = open_batch, set()
 
     def end(self) -> None:
         """It is closed."""
@@ -132,6 +134,7 @@ class FusedHead:
             )
         assert self._name is not None
         vocabulary = len(self._model.get_parameter(f"{self._name}.weight"))
+        self.ran.add(self._name)
         batch = _HeadBatch(open_batch, vocabulary, hidden, self._dtype, labels, log_probs)
         for _ in range(batch.chunks):
             self._method.called(self._name)

@@ -23,6 +23,7 @@ from indexer.dotprod.open_batch import OpenBatch
 from indexer.dotprod.val_gradient import ValGradient
 from indexer.encode.flat_rows import FlatRows
 from indexer.encode.tap import tapped
+from indexer.encode.uses import CallWindows, refuse_hidden
 from indexer.layers.base import at_least_float
 from indexer.layers.factors import Factors, Vector, add_rows
 
@@ -127,6 +128,8 @@ class FactorHolder:
         self._axes = KnownAxes(model, self._kinds, trusted=not check)
         self._unchecked = check
         self._flat_rows = FlatRows()
+        self._windows = CallWindows(model, self.ledger.by_module) if check else None
+        self._hidden: list[str] = []
         self._handles: list[RemovableHandle] = []
         self._open_batch: OpenBatch | None = None
         self._held = HeldFactors()
@@ -136,6 +139,8 @@ class FactorHolder:
         if self._handles:
             return
         self._axes.attach()
+        if self._windows is not None:
+            self._handles += self._windows.attach()
         for name, layer in self.ledger.tapped.items():
             hook = self._hook(name, layer)
             self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
@@ -153,6 +158,14 @@ class FactorHolder:
         self._open_batch, self._held = open_batch, HeldFactors()
         self._flat_rows.begin()
         self._axes.begin_train()
+        self._hidden = []
+        if self._windows is not None:
+            self._windows.begin()
+
+    def look_for_hidden(self, total: Tensor) -> None:
+        """Note the parameters that the loss ``total`` uses where no tap sees it; :meth:`take` refuses them."""
+        if self._windows is not None:
+            self._hidden = self._windows.hidden(total)
 
     def end(self) -> None:
         """End the scoring pass. The caller of :meth:`take` has its factors."""
@@ -178,6 +191,7 @@ class FactorHolder:
             for name, gradient in expected.items():
                 self._check(name, gradient, total_norm, tolerance)
             self._unchecked = False
+        refuse_hidden(self._hidden)
         return self._held
 
     def _check(self, name: str, gradient: Tensor | None, total_norm: float, tolerance: float) -> None:
@@ -208,10 +222,13 @@ class FactorHolder:
             if not seen.requires_grad:
                 return None
             self._axes.ran(name)
-            self._flat_rows.saw(name, seen)
+            self._flat_rows.saw(name, seen, open_batch.size)
             see = partial(self._see, self._held, layer)
             x = layer.kind.held(seen.x, seen.dtype)
-            return seen.back(tapped(seen, x, see, open_batch.leaf).outputs)
+            output = seen.back(tapped(seen, x, see, open_batch.leaf).outputs)
+            if self._windows is not None:
+                self._windows.ended(name)
+            return output
 
         return hook
 

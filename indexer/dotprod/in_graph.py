@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ghoststore.errors import CaptureError
 from indexer.dotprod.method import Method
@@ -18,12 +18,6 @@ from indexer.encode.graph_tap import registered, tapped
 from indexer.encode.modes import without_autocast
 from indexer.layers import LayerType
 from indexer.layers.base import by_sample
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether ``model`` was compiled, or a module of it in place."""
-    modules = list(model.modules())
-    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in modules)
 
 
 class InGraph:
@@ -40,6 +34,8 @@ class InGraph:
         self.narrow = False
         self.train: OpenBatch | None = None
         self.method, self.copies = method, copies
+        self.layers: set[str] = set()
+        """Those that ran in a graph in the open batch."""
         self._ran_before: set[str] = set()
         self._taps: list[_LayerTap] = []
 
@@ -52,6 +48,9 @@ class InGraph:
         """In a graph that is being made: the output of a layer through tap ``key``; None without an open batch."""
         if not self.open or not torch.is_grad_enabled() or not y.requires_grad:
             return None
+        if kind.is_lookup and x.dim() == 1 and self.size == 1:
+            alone: Tensor = tapped(y.unsqueeze(0), x.unsqueeze(0), key)[0]
+            return alone.squeeze(0)
         if kind.is_lookup and (x.dim() == 1 or (x.dim() == 2 and x.shape[0] == 1 and self.size != 1)):
             # As by_sample does; that an index of one axis is of positions, the checks outside the graph have seen.
             x = x.reshape(1, -1).expand(self.size, -1)
@@ -66,6 +65,7 @@ class InGraph:
     def begin(self, open_batch: OpenBatch) -> None:
         """A train batch is open."""
         self.train, self.open, self.size = open_batch, True, open_batch.rows
+        self.layers = set()
 
     def end(self) -> None:
         """It is closed."""
@@ -103,6 +103,7 @@ class _LayerTap:
         if not open_batch.forwarded:
             graph.method.called(self._name)
         self._ran(self._name)
+        graph.layers.add(self._name)
         open_batch.ran.add(self._name)
         return open_batch.serial
 

@@ -56,6 +56,12 @@ class KeepingMethod:
         """The types of the modules that either method taps, by name."""
         return {**self.sketched.kinds, **self.exact.kinds}
 
+    @property
+    def by_module(self) -> dict[str, list[nn.Parameter]]:
+        """By module to tap, the parameters of either method."""
+        exact, sketched = self.exact.by_module, self.sketched.by_module
+        return {name: [*exact.get(name, []), *sketched.get(name, [])] for name in self.kinds}
+
     def attach(self, device: torch.device) -> None:
         """Attach both methods."""
         self.exact.attach(device)

@@ -55,6 +55,14 @@ class Ledger:
         """Names of the modules that own scored parameters."""
         return list(dict.fromkeys(scored.block for scored in self.parameters.values()))
 
+    @property
+    def by_module(self) -> dict[str, list[nn.Parameter]]:
+        """By tapped module, its scored parameters."""
+        return {
+            name: [self.parameters[full].parameter for full in tapped.parameters.values()]
+            for name, tapped in self.tapped.items()
+        }
+
 
 def refuse_unsupported_wrappers(model: nn.Module) -> None:
     """UsageError for what splits the parameters (FSDP, sharded tensors, several devices), and for batch norm."""

@@ -36,6 +36,10 @@ class Method(Protocol):
         """The types of the modules to tap, by name."""
 
     @property
+    def by_module(self) -> dict[str, list[nn.Parameter]]:
+        """By module to tap, the parameters whose use in it the tap sees."""
+
+    @property
     def blocks(self) -> list[str]:
         """Names of the blocks that have scores of their own."""
 

@@ -42,6 +42,8 @@ class OpenBatch:
     """Modules that ran, as their taps saw it."""
     serial: int = field(default_factory=_serials.__next__)
     """The number by which the backward pass of a compiled graph knows the batch."""
+    hidden: list[str] = field(default_factory=list)
+    """Parameters that the loss uses where no tap sees it."""
     seconds: float = 0.0
     """Time of the taps in the backward pass."""
     _upstreams: list[Tensor] = field(default_factory=list)

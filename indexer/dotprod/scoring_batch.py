@@ -35,10 +35,11 @@ class ScoringBatch:
         holder: FactorHolder | None,
         finish: Callable[[OpenBatch, Tensor], Scores],
         tolerance: Callable[[], float],
+        look_for_hidden: Callable[[Tensor], None],
     ) -> None:
         """``finish`` closes the batch and returns its scores after the backward pass; ``holder`` with ``hold=True``."""
         self._open_batch, self._method, self._holder = open_batch, method, holder
-        self._finish, self._tolerance = finish, tolerance
+        self._finish, self._tolerance, self._look_for_hidden = finish, tolerance, look_for_hidden
         self._scale = loss_scale / (1 << (open_batch.size - 1).bit_length()) if loss_scale != 1.0 else 1.0
         """In float16 a power of two near the scale of a mean over the batch: dividing by it is exact."""
         self._held: HeldFactors | None = None
@@ -102,6 +103,9 @@ class ScoringBatch:
             raise UsageError(f"for a scoring pass {NON_REENTRANT}") from error
         if reached is None:
             raise CaptureError("the losses do not depend on any scored layer")
+        self._look_for_hidden(total)
+        if self._holder is not None:
+            self._holder.look_for_hidden(total)
         return dict(zip(held_parameters, gradients, strict=False))
 
     def add_gradients(self, weights_B: Tensor) -> None:

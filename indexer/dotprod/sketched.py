@@ -19,6 +19,7 @@ from indexer.dotprod.metric import AdamMetric
 from indexer.dotprod.scores import Scores, divide
 from indexer.encode.plain import plain_block
 from indexer.encode.tap import See
+from indexer.encode.uses import parameters_by_module
 from indexer.layers import LayerType, Sides
 from indexer.projection.blocks import Use
 from indexer.projection.matrices import Projection
@@ -70,6 +71,11 @@ class SketchedMethod:
     def kinds(self) -> dict[str, LayerType]:
         """The types of the modules to tap, by name."""
         return {use.module: use.kind for layer in self.projection.plan.layers for use in layer.block.uses}
+
+    @property
+    def by_module(self) -> dict[str, list[nn.Parameter]]:
+        """By module to tap, the projected parameters whose use in it the tap sees."""
+        return parameters_by_module(self._model, self.projection.plan)
 
     @property
     def blocks(self) -> list[str]:

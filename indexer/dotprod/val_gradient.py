@@ -25,12 +25,14 @@ from indexer.dotprod.val_data import (
 from indexer.dotprod.val_targets import Groups, group_names, rows_with_targets
 from indexer.encode.modes import evaluating, uncompiled
 from indexer.encode.tap import See
+from indexer.encode.uses import CallWindows
 
 
 class ValGradient:
     """The val samples of one model, and the pass over them."""
 
-    def __init__(self, model: nn.Module, method: Method, losses: ValLosses) -> None:
+    def __init__(self, model: nn.Module, method: Method, losses: ValLosses, windows: CallWindows | None = None) -> None:
+        """``windows`` show uses of weights where no tap sees them."""
         self.losses = losses
         self.batches: list[Any] = []
         self.group_names: list[str] = []
@@ -42,6 +44,9 @@ class ValGradient:
         self._model, self._method = model, method
         self._groups: Groups = None
         self._first = 0
+        self._windows = windows
+        self.hidden: list[str] = []
+        """Parameters that the val losses use where no tap sees it."""
 
     def set(self, val_data: Any, groups: Sequence[str] | Literal["each"] | None) -> None:
         """Replace the val samples. Rows of a language model without targets are left out."""
@@ -99,12 +104,14 @@ class ValGradient:
             name: torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
             for name, p in checked.items()
         }
-        self._first = 0
+        self._first, self.hidden = 0, []
         with uncompiled(), evaluating(self._model), torch.enable_grad():
             for batch in self.batches:
                 size = size_of(batch)
                 self.leaf = torch.zeros((), device=device, requires_grad=True)
                 begin_batch(size)
+                if self._windows is not None:
+                    self._windows.begin()
                 try:
                     self._backward(self.losses(self._model, batch), size, scale, checked, expected)
                 finally:
@@ -133,6 +140,8 @@ class ValGradient:
         reached, *gradients = torch.autograd.grad(total, [self.leaf, *checked.values()], allow_unused=True)
         if reached is None:
             raise CaptureError("the val losses do not depend on any scored layer")
+        if self._windows is not None:
+            self.hidden = self.hidden or self._windows.hidden(total)
         for into, gradient in zip(expected.values(), gradients, strict=True):
             if gradient is not None:
                 into += gradient.to_dense() if gradient.is_sparse else gradient

@@ -5,6 +5,18 @@ same batches.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from indexer.encode.tokens import Row
+
+
+def batches_of(rows: Sequence[Row], batch_tokens: int, *, padding: bool = True) -> list[list[int]]:
+    """:func:`plan_batches` of ``rows``. Without ``padding``, rows with an encoder's tokens have batches of their own:
+    two lengths would have to be equal.
+    """
+    alone = not padding and any(row.source is not None for row in rows)
+    return plan_batches([row.length for row in rows], 1 if alone else batch_tokens, padding=padding)
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int, *, padding: bool = True) -> list[list[int]]:

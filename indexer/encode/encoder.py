@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ghoststore.errors import UsageError
 from ghoststore.progress import Task
-from indexer.encode.batching import plan_batches
-from indexer.encode.engine import GradProjLoraEngine, refuse_randomness
+from indexer.encode.batching import batches_of
+from indexer.encode.engine import GradProjLoraEngine
 from indexer.encode.losses import IGNORED, Reduction, next_token_losses
-from indexer.encode.modes import forward_options
+from indexer.encode.modes import forward_options, refuse_randomness
 from indexer.encode.tokens import Row
 from indexer.projection.matrices import Projection
 
@@ -49,14 +49,18 @@ class RowEncoder:
         checkpointing: bool = False,
         padding: bool = True,
         beside: Projection | None = None,
+        find_uses: bool = True,
     ) -> None:
+        """``find_uses=False`` is for those who compare the vectors with autograd themselves."""
         self.model = model
         self.padding = padding
         """Whether rows of different lengths share a batch of :func:`encode_rows`."""
         self.reduction: Reduction = reduction
         # No check here: a build checks the model before its first row (indexer.build.model_check).
-        self.engine = GradProjLoraEngine(model, projection=projection, check=False)
-        self.beside = None if beside is None else GradProjLoraEngine(model, projection=beside, check=False)
+        self.engine = GradProjLoraEngine(model, projection=projection, check=False, find_uses=find_uses)
+        self.beside = (
+            None if beside is None else GradProjLoraEngine(model, projection=beside, check=False, find_uses=find_uses)
+        )
         """Of a second projection, whose vectors stand behind those of the first."""
         self.device = next(model.parameters()).device
         self._extra = forward_options(self.engine.model)
@@ -108,12 +112,11 @@ class RowEncoder:
 
     def __call__(self, rows: Sequence[Row]) -> Encoded:
         """Vectors and losses of ``rows``, which must all be usable, in one batch padded on the right."""
-        ids, labels, mask = pad(rows)
-        ids, labels, mask = (x.to(self.device, non_blocking=True) for x in (ids, labels, mask))
+        inputs, labels = inputs_of(rows, self.device)
         self.engine.prepare(len(rows))
         if self.beside is not None:
             self.beside.prepare(len(rows))
-        logits = self.model(input_ids=ids, attention_mask=mask, **self._extra).logits
+        logits = self.model(**inputs, **self._extra).logits
         losses, _ = next_token_losses(logits, labels, reduction=self.reduction)
         del logits
         vectors = self.engine.collect(losses, self.beside)
@@ -129,15 +132,29 @@ def encode_rows(encoder: RowEncoder, rows: Sequence[Row], batch_tokens: int, tas
     vectors = torch.zeros(len(rows), encoder.engine.dimension, device=encoder.device)
     losses = torch.zeros(len(rows), device=encoder.device)
     task.advance(len(rows) - len(usable))
-    lengths = [len(rows[place].tokens) for place in usable]
-    for batch in plan_batches(lengths, batch_tokens, padding=encoder.padding):
+    for batch in batches_of([rows[place] for place in usable], batch_tokens, padding=encoder.padding):
         places = [usable[index] for index in batch]
         encoded = encoder([rows[place] for place in places])
         rows_of_batch = torch.tensor(places, device=encoder.device)
         vectors.index_copy_(0, rows_of_batch, encoded.vectors)
         losses.index_copy_(0, rows_of_batch, encoded.losses)
-        task.advance(len(places), sum(len(rows[place].tokens) for place in places))
+        task.advance(len(places), sum(rows[place].length for place in places))
     return Encoded(vectors.cpu(), losses.cpu())
+
+
+def inputs_of(rows: Sequence[Row], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+    """(what the model is called with, the labels) of ``rows`` in one batch, on ``device``: see :func:`pad`. The logits
+    at each place predict the label after it, in an encoder-decoder model as in a causal one.
+    """
+    ids, labels, mask = (x.to(device, non_blocking=True) for x in pad(rows))
+    if rows[0].source is None:
+        return {"input_ids": ids, "attention_mask": mask}, labels
+    sources = [torch.from_numpy(row.source).long() for row in rows if row.source is not None]
+    source = torch.nn.utils.rnn.pad_sequence(sources, batch_first=True)
+    source_mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(x) for x in sources], batch_first=True)
+    # The decoder is causal: what it reads after a row's own tokens reaches none of these.
+    inputs = {"input_ids": source, "attention_mask": source_mask, "decoder_input_ids": ids}
+    return {name: x.to(device, non_blocking=True) for name, x in inputs.items()}, labels
 
 
 def pad(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:

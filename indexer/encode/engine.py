@@ -5,7 +5,7 @@ Legend: B samples of a batch, D numbers of a vector.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -17,12 +17,15 @@ from torch.utils.hooks import RemovableHandle
 from ghoststore.errors import CaptureError, UsageError
 from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.activations import lean_activations
-from indexer.encode.autograd_probe import differing
+from indexer.encode.autograd_probe import AutogradBlocks, differing, unlike
 from indexer.encode.branch import SideBranch
+from indexer.encode.expanded import Expanded
 from indexer.encode.flat_rows import FlatRows
 from indexer.encode.forward_probe import ABSENT, CallKeeper, CannotRun, strangers
-from indexer.encode.modes import without_autocast
-from indexer.encode.sample_axis import Witness, refuse_mixed, unsupported
+from indexer.encode.modes import is_compiled, refuse_randomness, without_autocast
+from indexer.encode.sample_axis import Witness, mixed_blocks, refuse_mixed, unsupported
+from indexer.encode.uses import FrozenInCalls, parameters_by_module, refuse_hidden
+from indexer.layers.base import refuse_counted
 from indexer.projection.blocks import Use
 from indexer.projection.matrices import Projection
 from indexer.projection.plan import BlockPlan
@@ -30,6 +33,8 @@ from indexer.projection.plan import BlockPlan
 TESTED_BATCHES = 2
 """Number of batches of at least two samples that are checked. One would not do: a layer that routes tokens may look
 right in it."""
+SAMPLED = 64
+"""Later the batches of its powers are checked: what a model does may change. A check takes as long as three batches."""
 
 
 _OLD_GRAPH = (
@@ -43,30 +48,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     inner = getattr(model, "_orig_mod", model)
     assert isinstance(inner, nn.Module)
     return inner
-
-
-def refuse_randomness(model: nn.Module) -> None:
-    """UsageError if a forward pass of ``model`` is random or mixes the samples of a batch.
-
-    It finds dropout modules in training mode, modules in training mode with a positive attribute whose name contains
-    "dropout" (the attention of transformers), and batch norms that use the batch's statistics.
-    """
-    for name, module in model.named_modules():
-        where = name or type(model).__name__
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
-            raise UsageError(
-                f"{where} is a {type(module).__name__} that mixes the samples of a batch; call model.eval()"
-            )
-        if not module.training:
-            continue
-        rates = {"p": module.p} if isinstance(module, nn.modules.dropout._DropoutNd) else vars(module)
-        for attribute, value in rates.items():
-            named = attribute == "p" or "dropout" in attribute
-            if named and isinstance(value, float) and value > 0.0:
-                raise UsageError(
-                    f"{where} ({type(module).__name__}) is in training mode with {attribute}={value}: gradients would "
-                    "be random; call model.eval()"
-                )
 
 
 class GradProjLoraEngine:
@@ -83,10 +64,14 @@ class GradProjLoraEngine:
     While it is attached, every parameter is frozen. On exit, also after an exception, each has its own
     ``requires_grad`` again and all hooks are removed. Outputs are bit-identical with and without the engine.
 
-    The first two batches of more than one sample are checked: the samples must be the first axis of every layer. The
-    checks are a second backward pass of reweighted losses (:mod:`indexer.encode.sample_axis`; not for a compiled model)
-    and forward passes of some of the samples (:mod:`indexer.encode.forward_probe`; only if the model itself is called).
-    ``check=False`` leaves them out.
+    The first two batches of more than one sample are checked, and later the 64th, the 4096th, …: the samples must be
+    the first axis of every layer. The checks are a second backward pass of reweighted losses
+    (:mod:`indexer.encode.sample_axis`; not for a compiled model) and forward passes of some of the samples
+    (:mod:`indexer.encode.forward_probe`; only if the model itself is called). In the first of these batches, and later,
+    vectors are held against autograd: those of one sample, which runs again, or, if the loop calls parts of the model,
+    the sum of the batch; that batch takes the memory of a training step. In every batch a use of a weight outside its
+    module is an error (:mod:`indexer.encode.uses`; not for a compiled model). ``check=False`` leaves all this out;
+    ``find_uses=True`` keeps the last.
 
     Raises LayerError for layers that cannot be projected, UsageError for a model whose forward pass is random.
     """
@@ -98,6 +83,7 @@ class GradProjLoraEngine:
         *,
         projection: Projection | None = None,
         check: bool = True,
+        find_uses: bool | None = None,
     ) -> None:
         self.model = unwrap(model)
         self._given = model
@@ -109,9 +95,18 @@ class GradProjLoraEngine:
         self._lean = ExitStack()
         self._flags: list[tuple[nn.Parameter, bool]] = []
         self._ran: set[str] = set()
+        self._expanded = Expanded()
         self._tests_left = TESTED_BATCHES if check else 0
-        self._unlike_autograd = check
+        self._checks = check
+        self._trusting = not check and find_uses is None
+        """Whether nobody has checked, or checks, what the layers see."""
+        self._find_uses = check if find_uses is None else find_uses
+        self._uses: FrozenInCalls | None = None
+        self._batches = 0
+        self._compare = self._tested = False
+        """Whether the blocks of the open batch are compared with autograd's, and its axes checked."""
         self._flat_rows = FlatRows()
+        self._narrow = False
         self._witness: Witness | None = None
         self._keeper: CallKeeper | None = None
 
@@ -138,11 +133,16 @@ class GradProjLoraEngine:
         self.projection.to(device)
         self._flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
-            if self._tests_left:
+            if self._checks:
                 self._keeper = CallKeeper(self._given)
             self._lean.enter_context(lean_activations(self.model))
+            if not is_compiled(self._given):
+                self._lean.enter_context(self._expanded.named(self.model))
             for parameter, _ in self._flags:
                 parameter.requires_grad_(False)
+            if self._find_uses and not is_compiled(self._given):
+                self._uses = FrozenInCalls(self.model, parameters_by_module(self.model, self.projection.plan))
+                self._handles += self._uses.attach()
             for layer in self.projection.plan.layers:
                 for use in layer.block.uses:
                     module = self.model.get_submodule(use.module)
@@ -163,7 +163,7 @@ class GradProjLoraEngine:
             handle.remove()
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
-        self._handles, self._flags, self._leaves = [], [], {}
+        self._handles, self._flags, self._leaves, self._uses = [], [], {}, None
 
     def prepare(self, batch_size: int) -> None:
         """Prepare the branches for one forward pass of ``batch_size`` samples, the first axis of every layer.
@@ -176,13 +176,18 @@ class GradProjLoraEngine:
             raise UsageError(f"a batch has at least one sample, not {batch_size}")
         device = next(self.model.parameters()).device
         self._batch = batch_size
-        self._ran = set()
+        self._batches += 1
+        self._ran, self._expanded.names = set(), set()
         self._flat_rows.begin()
-        tested = self._tests_left > 0 and batch_size > 1
+        sampled = self._checks and _is_power(self._batches)
+        self._compare |= sampled
+        self._tested = batch_size > 1 and (self._tests_left > 0 or sampled)
         compiled = self._given is not self.model
-        self._witness = Witness(device) if tested and not compiled else None
+        self._witness = Witness(device) if self._tested and not compiled else None
         if self._keeper is not None:
-            self._keeper.begin(wanted=tested or self._unlike_autograd)
+            self._keeper.begin()
+        if self._uses is not None:
+            self._uses.begin(whole=self._compare)
         self._leaves = self._new_leaves()
 
     def _new_leaves(self) -> dict[str, Tensor]:
@@ -236,7 +241,9 @@ class GradProjLoraEngine:
                 "use_reentrant=True? Use use_reentrant=False"
             )
         try:
+            hidden = [*self._hidden(losses_B), *([] if beside is None else beside._hidden(losses_B))]
             blocks = self._blocks(losses_B, [*leaves, *others])
+            refuse_hidden(hidden)
         except RuntimeError as error:
             if "use_reentrant=True" in str(error):
                 raise CaptureError(
@@ -246,8 +253,10 @@ class GradProjLoraEngine:
         finally:
             # Not earlier: with checkpointing the forward pass, and so the branches, run again in backward.
             self._leaves, self._witness = {}, None
+            self._freeze()
             if beside is not None:
                 beside._leaves = {}
+                beside._freeze()
             if self._keeper is not None:
                 self._keeper.forget()
         unreached = [layer.block.name for layer, block in zip(plan.layers, blocks, strict=False) if block is None]
@@ -270,44 +279,86 @@ class GradProjLoraEngine:
     def _leaves_in_order(self) -> list[Tensor]:
         return [self._leaves[layer.block.name] for layer in self.projection.plan.layers]
 
+    def _freeze(self) -> None:
+        if self._uses is not None:
+            self._uses.end()
+
+    def _hidden(self, losses_B: Tensor) -> list[str]:
+        """The layers whose weights the losses use where no branch sees it."""
+        hidden = set() if self._uses is None else {id(p) for p in self._uses.hidden(losses_B)}
+        blocks = [layer.block for layer in self.projection.plan.layers] if hidden else []
+        used = [b for b in blocks if any(id(self.model.get_parameter(name)) in hidden for name in b.parameters)]
+        return [use.path for block in used for use in block.uses]
+
     def _blocks(self, losses_B: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
         """The blocks of the leaves' layers. In the first batches they are compared with those of reweighted losses."""
-        witness = self._witness
-        if witness is not None:
-            try:
+        witness, whole = self._witness, self._uses is not None and self._uses.whole
+        weighed = witness is None and self._checks and self._batch > 1 and self._flat_rows.new_forms
+        expected = AutogradBlocks(self.model, self.projection) if whole else None
+        mixed: dict[str, str] = {}
+
+        def gradients(*, retain: bool) -> tuple[Tensor | None, ...]:
+            if expected is not None:
+                return expected.gradients(losses_B.sum(), leaves, retain=retain)
+            return torch.autograd.grad(losses_B.sum(), leaves, retain_graph=retain, allow_unused=True)
+
+        try:
+            if witness is not None:
                 with witness.plain():
-                    blocks = torch.autograd.grad(losses_B.sum(), leaves, retain_graph=True, allow_unused=True)
+                    blocks = gradients(retain=True)
                 witness.weighted(losses_B, leaves)
-            except RuntimeError as error:
-                if "donated buffer" not in str(error):
-                    raise
-                witness = None  # compiled in place: its graph allows only one backward pass
-        if witness is None:
-            blocks = torch.autograd.grad(losses_B.sum(), leaves, allow_unused=True)
-        if self._tests_left and self._batch > 1:
+            elif weighed:
+                blocks = gradients(retain=True)
+                mixed = mixed_blocks(
+                    [layer.block.name for layer in self.projection.plan.layers], losses_B, leaves, blocks
+                )
+            else:
+                blocks = gradients(retain=False)
+        except RuntimeError as error:
+            if "donated buffer" not in str(error):
+                raise
+            witness = None  # compiled in place: its graph allows only one backward pass
+            blocks = gradients(retain=False)
+        self._freeze()
+        refuse_mixed(mixed, len(self.projection.plan.layers))
+        if (self._tested or weighed) and self._batch > 1:
             self._leaves = {}  # without leaves the branches do nothing in the checks' forward passes
             self._check(witness)
-        if self._unlike_autograd:
-            self._check_autograd()
+        if self._compare:
+            self._check_autograd(expected, blocks)
+        if self._batch > 1:
+            self._flat_rows.remember()
         return blocks
 
-    def _check_autograd(self) -> None:
-        """CaptureError if blocks of a sample of the first batch are not autograd's. A model that is not called itself,
-        or runs on no single sample, is not checked.
+    def _check_autograd(self, expected: AutogradBlocks | None, blocks: Sequence[Tensor | None]) -> None:
+        """CaptureError if blocks of a sample are not autograd's; of all samples if these were ``expected``.
+
+        A model that does not run on a single sample is checked in its next batch, with all.
         """
         call = None if self._keeper is None else self._keeper.call
-        if call is None:
-            return
-        batch, ran, self._batch = self._batch, self._ran, 1
-        self._witness, self._leaves = None, self._new_leaves()
-        try:
-            problems = differing(self.model, call, batch, self.projection, self._leaves)
-        except CannotRun:
-            problems = {}
-        finally:
-            self._batch, self._ran, self._leaves = batch, ran, {}
+        if expected is not None:
+            found = dict(zip([layer.block.name for layer in self.projection.plan.layers], blocks, strict=False))
+            of_layers = [found[layer.block.name] for layer in expected.layers]
+            sums = [None if block is None else block.sum(0) for block in of_layers]
+            problems = unlike(expected, sums, narrow=self._narrow)
+        elif call is None:
+            return  # compiled
+        else:
+            batch, ran, self._batch, self._ran = self._batch, self._ran, 1, set()
+            self._witness, self._leaves = None, self._new_leaves()
+            try:
+                problems = differing(self.model, call, batch, self._batches % batch, self.projection, self._leaves)
+                complete = ran <= self._ran  # else the loop calls parts of the model beside it
+            except CannotRun:
+                problems, complete = {}, False
+            finally:
+                self._batch, self._ran, self._leaves = batch, ran, {}
+            if not complete and self._uses is not None:
+                self._uses.never_alone = True
+                refuse_mixed(problems, len(self.projection.plan.layers))
+                return
         refuse_mixed(problems, len(self.projection.plan.layers))
-        self._unlike_autograd = False
+        self._compare = False
 
     def _check(self, witness: Witness | None) -> None:
         """CaptureError if a layer mixes samples, by reweighted losses and by forward passes of some of the samples.
@@ -333,7 +384,7 @@ class GradProjLoraEngine:
             # Without a graph, a fused kernel may replace layers that ran in the backward check.
             remaining = {name: words for name, words in problems.items() if words != ABSENT or name not in covered}
             refuse_mixed(remaining, len(self._ran))
-        if call is not None or covered == self._ran:
+        if self._tests_left and (call is not None or covered == self._ran):
             self._tests_left -= 1
 
     def _hook(self, layer: BlockPlan, use: Use, module: nn.Module) -> Callable[..., Any]:
@@ -350,10 +401,15 @@ class GradProjLoraEngine:
                 problem = layer_type.output_problem(module, args, kwargs, y)
                 refuse_mixed({} if problem is None else {use.module: problem}, len(self._handles))
             seen = layer_type.seen(module, args, kwargs, y, self._batch, use.module)
+            if self._trusting:
+                refuse_counted(seen, use.module)
             with torch.no_grad(), without_autocast(seen.device.type):
                 saved = layer_type.keep(module, seen.x, sides, seen.dtype)
             self._ran.add(use.module)
-            self._flat_rows.saw(use.module, seen)
+            if seen.expanded:
+                self._expanded.names.add(use.module)
+            self._flat_rows.saw(use.module, seen, self._batch)
+            self._narrow |= seen.dtype in (torch.float16, torch.bfloat16)
             outputs: tuple[Tensor, ...] = SideBranch.apply(  # type: ignore[no-untyped-call]
                 leaf, saved, (module, layer_type, sides, use.flipped), seen.rows, *seen.outputs
             )
@@ -361,3 +417,10 @@ class GradProjLoraEngine:
             return seen.back((seen if self._witness is None else self._witness.tap(use.module, seen)).outputs)
 
         return hook
+
+
+def _is_power(batches: int) -> bool:
+    """Whether ``batches`` is 1, or a power of :data:`SAMPLED`."""
+    while batches % SAMPLED == 0:
+        batches //= SAMPLED
+    return batches == 1

@@ -1,7 +1,8 @@
-"""Whether layers that see samples and positions on one axis keep as many positions of each sample in later batches.
+"""Whether the shapes of later batches are still those that the checks of the first batches have seen.
 
-Rows of padding that a model takes out, or that a router picks, may be a multiple of the batch by accident. What the
-checks of the first batches have seen is then no longer so.
+Layers that see samples and positions on one axis must keep as many positions of each sample: rows of padding that a
+model takes out, or that a router picks, may be a multiple of the batch by accident. And an axis that is not that of the
+samples may have their number.
 """
 
 from __future__ import annotations
@@ -18,14 +19,26 @@ class FlatRows:
         """Of each flat layer when it ran first: its positions, and the most of any other layer."""
         self._flat: dict[str, int] = {}
         self._others: set[int] = set()
+        self._forms: set[tuple[str, bool, tuple[bool, ...]]] = set()
+        self._checked: set[tuple[str, bool, tuple[bool, ...]]] = set()
 
     def begin(self) -> None:
         """Begin a batch."""
-        self._flat, self._others = {}, set()
+        self._flat, self._others, self._forms = {}, set(), set()
 
-    def saw(self, name: str, seen: Seen) -> None:
-        """Note a run of the layer ``name``."""
+    @property
+    def new_forms(self) -> bool:
+        """Whether a layer ran whose axes, or which of them are as long as the batch, are not of a checked batch."""
+        return not self._forms <= self._checked
+
+    def remember(self) -> None:
+        """The batch is checked, or the first."""
+        self._checked |= self._forms
+
+    def saw(self, name: str, seen: Seen, batch: int) -> None:
+        """Note a run of the layer ``name`` with ``batch`` samples."""
         output = seen.outputs[0]
+        self._forms.add((name, seen.flat, tuple(size == batch for size in output.shape[1:-1])))
         if output.dim() < 3:
             return
         if seen.flat:

@@ -71,7 +71,7 @@ class Call(NamedTuple):
 
 
 class CallKeeper:
-    """Keeps the last call of the model, between :meth:`begin` with ``wanted`` and :meth:`forget`."""
+    """Keeps the last call of the model, between :meth:`begin` and :meth:`forget`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.call: Call | None = None
@@ -82,13 +82,13 @@ class CallKeeper:
         """The keeper itself: a deep copy of the model has this hook, too, and must not get a keeper of its own."""
         return self
 
-    def begin(self, *, wanted: bool) -> None:
-        """Begin a batch. Its call is kept if ``wanted``."""
-        self.call, self._wanted = None, wanted
+    def begin(self) -> None:
+        """Begin a batch."""
+        self.call, self._wanted = None, True
 
     def forget(self) -> None:
         """Drop the call of the batch."""
-        self.begin(wanted=False)
+        self.call, self._wanted = None, False
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._wanted and module is self._model and torch.is_grad_enabled():

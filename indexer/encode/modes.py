@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ghoststore.errors import UsageError
+
 _unsettled: WeakSet[RemovableHandle] = WeakSet()
 
 
@@ -67,6 +69,30 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(values)
 
 
+def refuse_randomness(model: nn.Module) -> None:
+    """UsageError if a forward pass of ``model`` is random or mixes the samples of a batch.
+
+    It finds dropout modules in training mode, modules in training mode with a positive attribute whose name contains
+    "dropout" (the attention of transformers), and batch norms that use the batch's statistics.
+    """
+    for name, module in model.named_modules():
+        where = name or type(model).__name__
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
+            raise UsageError(
+                f"{where} is a {type(module).__name__} that mixes the samples of a batch; call model.eval()"
+            )
+        if not module.training:
+            continue
+        rates = {"p": module.p} if isinstance(module, nn.modules.dropout._DropoutNd) else vars(module)
+        for attribute, value in rates.items():
+            named = attribute == "p" or "dropout" in attribute
+            if named and isinstance(value, float) and value > 0.0:
+                raise UsageError(
+                    f"{where} ({type(module).__name__}) is in training mode with {attribute}={value}: gradients would "
+                    "be random; call model.eval()"
+                )
+
+
 def without_autocast(kind: str) -> AbstractContextManager[Any]:
     """No autocast on devices of ``kind``. Where none is open this costs nothing: it is entered for each layer."""
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
@@ -89,6 +115,12 @@ def uncompiled() -> AbstractContextManager[Any]:
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``model`` was compiled, or a module of it in place."""
+    modules = list(model.modules())
+    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in modules)
 
 
 def outside_graphs(handle: RemovableHandle) -> RemovableHandle:

@@ -111,6 +111,7 @@ def position_scores(encoder: RowEncoder, rows: Sequence[Row], queries_QD: Tensor
     """
     model, projection = encoder.engine.model, encoder.engine.projection.to(encoder.device)
     query_of = blocks_of(projection, queries_QD.to(encoder.device))
+    assert not rows or rows[0].source is None, "an encoder's rows have no one axis of positions"
     layers = _asked(model, projection, query_of)
     if not layers:  # queries of zeros
         return [torch.zeros(len(queries_QD), len(row.tokens), dtype=torch.float64) for row in rows]

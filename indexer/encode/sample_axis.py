@@ -49,10 +49,6 @@ FAINT = 1e-6
 """Rows with a smaller share of the largest row are compared relative to that share."""
 
 _REACHES = "the loss of one sample reaches the rows of others"
-_NO_POSITIONS = (
-    "watching the layers changes what this model computes: an index that runs once for the whole batch is none of "
-    "positions. Leave that embedding out with `exclude_layers`"
-)
 
 
 class Witness:
@@ -163,6 +159,24 @@ class Witness:
         return shares
 
 
+def mixed_blocks(
+    names: Sequence[str], losses_B: Tensor, leaves: Sequence[Tensor], blocks: Sequence[Tensor | None]
+) -> dict[str, str]:
+    """As :meth:`Witness.problems`, from the ``blocks`` (B, K, J) that the losses gave at ``leaves``: reweighted losses
+    go backward once more. The graph is freed; ``names`` are those of the first leaves.
+    """
+    weights_B = sample_weights(len(losses_B), 8).to(losses_B.device)
+    again = torch.autograd.grad(losses_B, leaves, weights_B.to(losses_B.dtype), allow_unused=True)
+    problems = {}
+    for name, plain, weighted in zip(names, blocks, again, strict=False):
+        if plain is None or weighted is None or not bool(plain.isfinite().all()):
+            continue
+        share = _foreign_share(plain.flatten(1), weighted.flatten(1), weights_B)
+        if share > NARROW_TOLERANCE:
+            problems[name] = f"{_REACHES} ({share:.2g} of a row)"
+    return problems
+
+
 def _foreign_share(plain_BS: Tensor, weighted_BS: Tensor, weights_B: Tensor) -> float:
     plain_BS, scaled_BS = plain_BS.double(), weighted_BS.double() / weights_B.double().unsqueeze(1)
     error_B = (scaled_BS - plain_BS).norm(dim=1)
@@ -221,9 +235,9 @@ class AxisProbe:
         """Names of the layers that a loss depends on."""
         self._kinds = kinds
         self._losses_B = torch.zeros(0)
-        self._expanded = False
-        """Whether the output for an index of positions, which has no axis of samples, was expanded to one
-        row a sample.
+        self._expanded: set[str] = set()
+        """The layers whose output for an index of positions, which has no axis of samples, was expanded to one row a
+        sample.
         """
 
     def run(self, losses: Callable[[], Tensor], batch: int, *, more_of_the_same: bool = False) -> bool:
@@ -236,7 +250,7 @@ class AxisProbe:
         on batch mates.
         """
         unwatched_B = self._unwatched(losses, seed=1)
-        self._expanded = False
+        self._expanded = set()
         witness = Witness(next(self.model.parameters()).device)
         problems: dict[str, str] = {}
         with torch.enable_grad(), self._same_numbers(), self._watched(witness, batch, problems):
@@ -244,14 +258,14 @@ class AxisProbe:
                 losses_B = losses()
             except (RuntimeError, ValueError, IndexError) as error:  # it ran without the taps
                 if self._expanded:
-                    raise CaptureError(f"{_NO_POSITIONS} ({error})") from error
+                    raise no_positions(self._expanded, error) from error
                 return False
         if losses_B.shape != (batch,):
             return False  # the function may use samples of its own, and not the batch
         self.problems |= problems
         same = _same(losses_B, unwatched_B)  # if not, the forward pass is random, or has a state
         if self._expanded and not same and not _same(losses_B, self._unwatched(losses)):
-            raise CaptureError(_NO_POSITIONS)
+            raise no_positions(self._expanded, "the losses are others")
         if not losses_B.requires_grad:
             return True
         if more_of_the_same and same:
@@ -324,7 +338,8 @@ class AxisProbe:
                 problems[name] = problem
                 return None
             seen = kind.seen(module, args, kwargs, y, batch, name)
-            self._expanded |= seen.expanded
+            if seen.expanded:
+                self._expanded.add(name)
             return seen.back(witness.tap(name, seen).outputs)
 
         return hook
@@ -342,6 +357,17 @@ def unsupported(message: str, layers: Iterable[str]) -> CaptureError:
     error = CaptureError(message)
     error.unsupported = tuple(layers)
     return error
+
+
+def no_positions(names: Iterable[str], problem: object) -> CaptureError:
+    """The error for the layers ``names``, whose outputs were repeated, after the model's own ``problem``."""
+    listed = sorted(names)
+    return unsupported(
+        "watching the layers changes what this model computes: what runs once for all samples cannot have one row for "
+        f"each there, or is an index of something else than positions ({problem!s:.200}). Leave it out "
+        f"(`exclude_layers`): {','.join(listed)}",
+        listed,
+    )
 
 
 def refuse_mixed(problems: Mapping[str, str], layers: int, if_all_mix: str = "") -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ghoststore.checkpoint.load import choose_max_length
 from ghoststore.checkpoint.same_model import tokenizer_lines
+from ghoststore.checkpoint.token_ids import NO_TOKENIZER, TokenIds
 from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.corpus import BESIDE_MESSAGES, Messages, PromptCompletion, Sample, Tokenized
 from ghoststore.errors import CorpusError, MismatchError, UsageError
@@ -27,6 +28,7 @@ from indexer.encode.template_date import date_for
 from indexer.encode.whole_text import WholeTexts
 
 SAMPLES_AT_ONCE = 256
+TAKEN = "nothing there says which tokenizer made its ids: the ids are taken for those of the tokenizer that is given"
 DEFAULT_MAX_LENGTH = 1024
 
 Tokens = NDArray[np.int32]
@@ -74,6 +76,18 @@ class Row:
     first_target: int
     """The first token that is a target, at least 1. Those before it are the prompt."""
     status: Status
+    source: Tokens | None = None
+    """What an encoder reads; None for a causal model. The tokens are then those of the decoder."""
+
+    @property
+    def length(self) -> int:
+        """Number of tokens that the model reads."""
+        return len(self.tokens) + (0 if self.source is None else len(self.source))
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens that a part records: of an encoder-decoder model the targets."""
+        return len(self.tokens) if self.source is None else max(0, len(self.tokens) - 1)
 
 
 def embedding_rows(model: Any) -> int | None:
@@ -105,7 +119,7 @@ class Tokenizer:
         takes_ids: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
-        self.takes_ids = takes_ids
+        self.takes_ids = takes_ids or isinstance(tokenizer, TokenIds)
         self.vocabulary = vocabulary
         self.of_part = of_part
         self.template_date = date_for(tokenizer, template_date)
@@ -141,6 +155,7 @@ class Tokenizer:
         """MismatchError for a sample with tokens of another tokenizer, UsageError for a prompt with a completion if the
         tokenizer has no offsets. Notes tools and documents that the chat template leaves out.
         """
+        self._refuse_texts(sample)
         self._note_left_out(sample)
         content = sample.content
         if isinstance(content, PromptCompletion) or (isinstance(content, Messages) and content.prompt):
@@ -149,6 +164,11 @@ class Tokenizer:
             identity = sample.content.vocabulary.tokenizer_identity
             if not identity:
                 self._check_nameless(sample, sample.content)
+            elif isinstance(self.tokenizer, TokenIds):
+                raise UsageError(
+                    f"{sample}: the tokens are of token shards, which have their tokenizer beside them, and the "
+                    "checkpoint has none: give `tokenizer`, the folder `tokenizer` in that of the shards"
+                )
             elif identity["fingerprint"] != self.identity["fingerprint"]:
                 raise MismatchError(
                     f"sample {sample.id!r} comes from token shards of another tokenizer than the checkpoint's:\n"
@@ -156,12 +176,17 @@ class Tokenizer:
                     "Tokenize the corpus again with the tokenizer of this checkpoint"
                 )
 
+    def _refuse_texts(self, sample: Sample) -> None:
+        """UsageError for a sample of text where there is no tokenizer."""
+        if isinstance(self.tokenizer, TokenIds) and not isinstance(sample.content, Tokenized | None):
+            raise UsageError(f"{sample}: {NO_TOKENIZER}")
+
     def _check_nameless(self, sample: Sample, content: Tokenized) -> None:
         if not self.takes_ids:
-            source = str(sample.place).partition(", row ")[0] if sample.place else "PATH"
+            source = str(sample.place).partition(", ")[0] if sample.place else "PATH"
             raise UsageError(
-                f"{sample}: token ids, and nothing says which tokenizer made them. Say it once, and use the shards: "
-                f"`ghoststore tokenize --data {source} --tokenizer TOKENIZER --out SHARDS`"
+                f"{sample}: token ids, and nothing says which tokenizer made them: give `tokenizer`; or say it once, "
+                f"and use the shards: `ghoststore tokenize --data {source} --tokenizer TOKENIZER --out SHARDS`"
             )
         largest = int(content.ids.max(initial=-1))
         if largest >= self.size:
@@ -221,6 +246,7 @@ class Tokenizer:
         prompted: dict[int, PromptCompletion] = {}
         for place, sample in enumerate(samples):
             content = sample.content
+            self._refuse_texts(sample)
             if isinstance(content, Tokenized):
                 self.check(sample)
                 encoded[place] = (content.ids, content.first_target)

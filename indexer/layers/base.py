@@ -72,6 +72,8 @@ class Seen(NamedTuple):
     """From the gradients at the outputs (None where none came) to the gradient that :class:`LayerType` takes."""
     expanded: bool = False
     """Whether the layer ran once for all samples, so that its outputs are repeated."""
+    counted: bool = False
+    """Whether an index of one axis that counts up, as long as the batch, was taken for one of positions."""
     flat: bool = False
     """Whether the axis of samples was also that of positions: its length shows no batch size."""
 
@@ -328,8 +330,20 @@ def _output_error(kind: LayerType, module: nn.Module, x: Tensor, y: Tensor) -> f
     return float(torch.where(gap == 0, 0.0, gap / size.clamp_min(torch.finfo(torch.float64).tiny)).min())
 
 
+def refuse_counted(seen: Seen, name: str) -> None:
+    """CaptureError for an index of one axis that may be of samples, where no check tells."""
+    if seen.counted:
+        raise CaptureError(
+            f"layer {name!r} saw an index of one axis that counts up and is as long as the batch: of positions, or of "
+            "labels of the samples? No check tells with `check=False`: leave that out, or give the index two axes, "
+            "(samples, 1) or (1, positions)"
+        )
+
+
 def axis_problem(x: Tensor, batch: int, kind: LayerType) -> str | None:
     """See :meth:`LayerType.axis_problem`."""
+    if batch == 1 and kind.is_lookup and x.dim() == 1:
+        return None
     if x.shape[0] == batch and not (kind.is_lookup and x.dim() == 1):
         return None
     if _once_for_all(x, kind) or _flattened(x, batch, kind):
@@ -371,9 +385,17 @@ def by_sample(x: Tensor, y: Tensor, batch: int, kind: LayerType, name: str) -> S
         raise CaptureError(
             f"layer {name!r} {problem}; its first axis must be the samples. Leave the layer out with `exclude_layers`"
         )
+    if batch == 1 and kind.is_lookup and x.dim() == 1:  # of positions, or of the one sample
+        return Seen(x.unsqueeze(0), (y.unsqueeze(0),), _without_samples)
     if _once_for_all(x, kind) and (x.dim() == 1 or batch != 1):
         y = y if y.dim() == 3 else y.unsqueeze(0)  # another tap may have expanded it already
-        return Seen(x.reshape(1, -1).expand(batch, -1), (y.expand(batch, -1, -1),), _only, expanded=True)
+        return Seen(
+            x.reshape(1, -1).expand(batch, -1),
+            (y.expand(batch, -1, -1),),
+            _only,
+            expanded=True,
+            counted=x.shape == (batch,),
+        )
     if len(x) != batch:
         y_BMO = y.reshape(batch, -1, y.shape[-1])
         return Seen(x.reshape(batch, -1, x.shape[-1]), (y_BMO,), _flat_again, flat=True)
@@ -382,6 +404,10 @@ def by_sample(x: Tensor, y: Tensor, batch: int, kind: LayerType, name: str) -> S
 
 def _only(outputs: Sequence[Tensor]) -> Tensor:
     return outputs[0]
+
+
+def _without_samples(outputs: Sequence[Tensor]) -> Tensor:
+    return outputs[0].squeeze(0)
 
 
 def _flat_again(outputs: Sequence[Tensor]) -> Tensor:

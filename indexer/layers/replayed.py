@@ -55,10 +55,15 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def _samples_in(value: Any, batch: int) -> Tensor | None:
-    """The first tensor of the arguments that can have ``batch`` samples on its first axis, apart from positions or with
-    them. None where all are of positions, or there is none: the module runs once for all samples.
+    """The first tensor of the arguments that may have ``batch`` samples on its first axis, apart from positions or with
+    them: rather one with an axis more and this length (a table of positions may come first), and no weight. None where
+    all are of positions, or there is none: the module runs once for all samples.
     """
-    return next((x for x in tensors_in(value) if x.dim() and (len(x) > 1 or batch == 1) and not _counts_up(x)), None)
+    may = [x for x in tensors_in(value) if x.dim() and (len(x) > 1 or batch == 1) and not _counts_up(x)]
+    may = [x for x in may if not isinstance(x, nn.Parameter)] or may
+    if not may or len(may[0]) == batch:
+        return may[0] if may else None
+    return next((x for x in may if len(x) == batch and x.dim() > may[0].dim()), may[0])
 
 
 def _counts_up(x: Tensor) -> bool:
@@ -68,6 +73,8 @@ def _counts_up(x: Tensor) -> bool:
 
 def _by_sample(output: Tensor, batch: int, *, once: bool) -> Tensor | None:
     """``output`` with an axis of samples, first, apart from positions or with them; None if it cannot have one."""
+    if not output.dim():
+        return output.reshape(1)  # that of the one sample
     if batch > 1 and (once or len(output) == 1):
         shape = output.shape[1:] if len(output) == 1 else output.shape
         return output.expand(batch, *shape)
@@ -79,18 +86,29 @@ def _rows(outputs: Sequence[Tensor], batch: int) -> Tensor:
     return torch.cat([output.reshape(batch, -1) for output in outputs], dim=1)
 
 
+def _without_result(hook: Callable[..., Any]) -> Callable[..., None]:
+    def run(*args: Any) -> None:
+        hook(*args)
+
+    return run
+
+
 @contextmanager
 def _without_hooks(module: nn.Module) -> Iterator[None]:
     """``module`` and all in it without hooks after their forward: taps must not see it run again.
 
-    Hooks before it stay, because some make the weights (``torch.nn.utils.weight_norm``).
+    Hooks before it stay, because some make the weights (``torch.nn.utils.weight_norm``), but those of ``module`` itself
+    change its arguments no more: these are what they returned.
     """
     kept = [(part, part._forward_hooks) for part in module.modules() if part._forward_hooks]
+    before = module._forward_pre_hooks
     try:
         for part, hooks in kept:
             part._forward_hooks = type(hooks)()
+        module._forward_pre_hooks = type(before)((key, _without_result(hook)) for key, hook in before.items())
         yield
     finally:
+        module._forward_pre_hooks = before
         for part, hooks in kept:
             part._forward_hooks = hooks
 
@@ -112,6 +130,8 @@ class Call:
     autocast: torch.dtype | None
     versions: tuple[tuple[Tensor, int], ...]
     """The tensors of the arguments, and their versions when the module ran."""
+    tried: list[int]
+    """Samples of which doubtful arguments were tried cut and whole; the list of all parts of a call."""
 
     def __len__(self) -> int:
         return len(self.places)
@@ -133,6 +153,7 @@ class Call:
             places,
             self.autocast,
             self.versions,
+            self.tried,
         )
 
     @property
@@ -161,35 +182,55 @@ class Call:
             yield self._gradient(place, keys, dy_N)
 
     def _gradient(self, place: int, keys: Sequence[str], dy_N: Tensor) -> dict[str, Tensor]:
-        found = self._gradient_with(place, keys, dy_N, whole=None)
-        for tensor in self._of_positions_perhaps():
+        """That of the sample at ``place``. Where it is not known which arguments are of samples, all that give its
+        output must give one gradient.
+        """
+        found: dict[str, Tensor] | None = None
+        problem: CaptureError | None = None
+        for other in (None, *self._doubtful()):
+            if other is not None and found is not None and self.tried and not self._often:
+                break
             try:
-                other = self._gradient_with(place, keys, dy_N, whole=tensor)
-            except CaptureError:
-                continue  # it is of the samples: with all of it, the module gives something else
-            if any((other[key] - found[key]).norm() > TOLERANCE * found[key].norm() for key in keys):
+                gradient = self._gradient_with(place, keys, dy_N, other)
+            except CaptureError as error:
+                problem = problem or error
+                continue
+            if found is None:
+                found = gradient
+            elif any((gradient[key] - found[key]).norm() > TOLERANCE * found[key].norm() for key in keys):
+                assert other is not None
                 raise CaptureError(
                     f"a {type(self.module).__name__}, which no formula knows, was called with a tensor of shape "
-                    f"{tuple(tensor.shape)} in a batch of {self.batch} samples that have {self.batch} positions: whose "
-                    "axis is the first, its output does not tell. Give a batch of another size, or leave it out with "
-                    "`exclude_layers`"
+                    f"{tuple(other.shape)} in a batch of {self.batch} samples: whose axis is the first, its output "
+                    "does not tell. Give a batch of another size, or leave it out with `exclude_layers`"
                 )
+        if found is None:
+            assert problem is not None
+            raise problem
+        if bool(dy_N.any()):
+            self.tried.append(place)
         return found
 
-    def _of_positions_perhaps(self) -> list[Tensor]:
-        """Arguments as long as the batch, where a sample has as many positions: they may be tables of these."""
+    @property
+    def _often(self) -> bool:
+        """Whether a sample has as many positions as there are samples, so that each is tried in every way."""
         tensors = [x for x in tensors_in((self.args, self.kwargs)) if x.dim()]
+        return any(len(x) == self.batch**2 or self.batch in x.shape[1:] for x in tensors)
+
+    def _doubtful(self) -> list[Tensor]:
+        """Arguments as long as the batch, or a multiple of it: they may be of samples, or of something else."""
         first = _samples_in((self.args, self.kwargs), self.batch)
         if first is None or self.batch == 1:
             return []
-        if len(first) != self.batch**2 and not any(self.batch in x.shape[1:] for x in tensors):
-            return []
-        return [x for x in tensors if len(x) == self.batch and not _counts_up(x)]
+        tensors = [x for x in tensors_in((self.args, self.kwargs)) if x.dim()]
+        return [x for x in tensors if len(x) and len(x) % self.batch == 0]
 
-    def _gradient_with(self, place: int, keys: Sequence[str], dy_N: Tensor, whole: Tensor | None) -> dict[str, Tensor]:
-        """The gradients of the sample at ``place``, with all of the argument ``whole``."""
+    def _gradient_with(self, place: int, keys: Sequence[str], dy_N: Tensor, other: Tensor | None) -> dict[str, Tensor]:
+        """The gradients of the sample at ``place``; the argument ``other`` is cut if it were whole, and the other way
+        round.
+        """
         leaves = {key: self.module.get_parameter(key).detach().requires_grad_() for key in keys}
-        args, kwargs = self._alone(place, whole)
+        args, kwargs = self._alone(place, other)
         device = self.outputs_BN.device.type
         with (
             _without_hooks(self.module),
@@ -200,7 +241,7 @@ class Call:
                 y = torch.func.functional_call(self.module, leaves, args, dict(kwargs))
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise CaptureError(f"{self._cannot}: {error!r:.200}") from error
-            y_1N = _rows(_outputs(y), 1)
+            y_1N = _rows(_of_samples(_outputs(y), self.batch), 1)
         expected_N = self.outputs_BN[place]
         if y_1N.shape[1:] != expected_N.shape or self._differs(y_1N[0].detach(), expected_N):
             raise CaptureError(self._cannot)
@@ -226,22 +267,23 @@ class Call:
         parts = zip(torch.split(y_N.double(), widths), torch.split(expected_N.double(), widths), strict=True)
         return any(_gap(y, expected) > most for y, expected in parts)
 
-    def _alone(self, place: int, whole: Tensor | None) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """The arguments of one sample, with all of ``whole``.
+    def _alone(self, place: int, other: Tensor | None) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """The arguments of one sample; see :meth:`_gradient_with`.
 
         Where the first tensor has samples and positions on one axis, so have others.
         """
         first = _samples_in((self.args, self.kwargs), self.batch)
         length = 0 if first is None else len(first)
-        each = length // self.batch
 
         def cut(x: Tensor) -> Tensor:
-            is_whole, x = x is whole, x.detach()
-            if is_whole or not each or not x.dim() or _counts_up(x):
+            is_other, x = x is other, x.detach()
+            if not length or not x.dim():
                 return x
-            if len(x) == self.batch:
-                return x[place : place + 1]
-            return x[place * each : (place + 1) * each] if len(x) == length else x
+            is_cut = len(x) in (self.batch, length) and not _counts_up(x)
+            if is_cut == is_other:
+                return x
+            each = len(x) // self.batch
+            return x[place * each : (place + 1) * each]
 
         args, kwargs = mapped((self.args, self.kwargs), cut, _without_cache)
         return args, kwargs
@@ -262,7 +304,12 @@ def _outputs(y: Any) -> list[Tensor]:
 
 
 def _may_have_gradient(output: Tensor) -> bool:
-    return output.is_floating_point() and output.dim() > 0
+    return output.is_floating_point()
+
+
+def _of_samples(outputs: Sequence[Tensor], batch: int) -> list[Tensor]:
+    """``outputs`` without single numbers, which of more than one sample are of none."""
+    return [output for output in outputs if output.dim() or batch == 1]
 
 
 @register
@@ -290,7 +337,7 @@ class ReplayedLayer(LayerType):
         raise NotImplementedError("there is no formula")
 
     def axis_problem(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any, batch: int) -> str | None:
-        first, outputs = _samples_in((args, kwargs), batch), _outputs(y)
+        first, outputs = _samples_in((args, kwargs), batch), _of_samples(_outputs(y), batch)
         by_sample = [_by_sample(output, batch, once=first is None) for output in outputs]
         if outputs and (first is None or len(first) % batch == 0) and all(x is not None for x in by_sample):
             return None
@@ -306,7 +353,9 @@ class ReplayedLayer(LayerType):
         problem = self.axis_problem(args, kwargs, y, batch)
         if problem is not None:
             raise CaptureError(f"layer {name!r} {problem}; leave it out with `exclude_layers`")
-        first, outputs = _samples_in((args, kwargs), batch), _outputs(y)
+        first, everything = _samples_in((args, kwargs), batch), _outputs(y)
+        outputs = _of_samples(everything, batch)
+        numbers = [output for output in everything if not output.dim() and batch > 1]
         by_sample = [_by_sample(output, batch, once=first is None) for output in outputs]
         of_samples = tuple(output for output in by_sample if output is not None)
         device = of_samples[0].device.type
@@ -320,19 +369,34 @@ class ReplayedLayer(LayerType):
             places=tuple(range(batch)),
             autocast=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
             versions=tuple((x, x._version) for x in tensors_in((args, kwargs))),
+            tried=[],
         )
 
         def back(tapped: Sequence[Tensor]) -> Any:
-            following = iter(tapped)
-            return mapped(y, lambda x: next(following) if _may_have_gradient(x) else x)
+            following, of_batch = iter(tapped[: len(of_samples)]), iter(tapped[len(of_samples) :])
+
+            def put(x: Tensor) -> Tensor:
+                if not _may_have_gradient(x):
+                    return x
+                if batch > 1:
+                    return next(following if x.dim() else of_batch)
+                return next(following) if x.dim() else next(following).reshape(())
+
+            return mapped(y, put)
 
         def rows(gradients: Sequence[Tensor | None]) -> Tensor:
-            pairs = zip(gradients, of_samples, strict=True)
+            if any(dy is not None and bool(dy.any()) for dy in gradients[len(of_samples) :]):
+                raise CaptureError(
+                    f"a number that layer {name!r} returns beside its outputs (a loss of its own) is of all {batch} "
+                    "samples together, and goes into the loss: no sample has a gradient of its own. Return it by "
+                    "sample, leave it out of the loss, or leave the layer out with `exclude_layers`"
+                )
+            pairs = zip(gradients[: len(of_samples)], of_samples, strict=True)
             return _rows([torch.zeros_like(output) if dy is None else dy for dy, output in pairs], batch)
 
         expanded = any(output is not own for output, own in zip(of_samples, outputs, strict=True))
         flat = first is None or len(first) != batch
-        return Seen(call, of_samples, back, rows, expanded=expanded, flat=flat)
+        return Seen(call, (*of_samples, *numbers), back, rows, expanded=expanded, flat=flat)
 
     def held(self, x: Any, dtype: torch.dtype) -> Any:
         return x

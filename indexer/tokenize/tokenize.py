@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 from ghoststore.checkpoint.load import find_tokenizer, load_tokenizer, quiet_transformers
 from ghoststore.checkpoint.same_model import tokenizer_lines
 from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
+from ghoststore.cluster import on_actors, ray_cluster, room
 from ghoststore.corpus import Corpus, Fields, absolute, open_corpus
 from ghoststore.errors import CheckpointError, UsageError
 from ghoststore.hidden_errors import own_errors
@@ -44,9 +45,9 @@ from ghoststore.tokens.manifest import (
 )
 from ghoststore.tokens.shards import TokenShards
 from indexer.build.corpus_plan import CorpusPlan, plan_corpus
-from indexer.encode.tokens import Tokenizer
+from indexer.encode.tokens import TAKEN, Tokenizer
 from indexer.tokenize.workers import write_side_by_side
-from indexer.tokenize.writer import WHOLE, ShardJob, ShardWriter
+from indexer.tokenize.writer import WHOLE, ShardActor, ShardJob, ShardWriter, Written
 
 DEFAULT_SHARD_SAMPLES = 4096
 TEXT_A_WORKER = 16 << 20
@@ -131,11 +132,8 @@ def tokenize_as_of(options: TokenizeOptions, template_date: str | None) -> Token
     text_tokenizer = load_tokenizer(find_tokenizer(options.tokenizer))
     loaded = time.perf_counter()
     with open_corpus(options.data, options.fields or Fields(), progress) as corpus:
-        if corpus.form == "megatron":
-            progress.note(
-                f"{corpus.source}: nothing there says which tokenizer made its ids: the ids are taken for those of the "
-                "tokenizer that is given"
-            )
+        if corpus.nameless:
+            progress.note(f"{corpus.source}: {TAKEN}")
         elif corpus.resolved.kind == "tokens":
             raise UsageError(f"{corpus.source} holds tokens already; give the corpus that they were made of")
         if options.domains:
@@ -162,7 +160,7 @@ def tokenize_as_of(options: TokenizeOptions, template_date: str | None) -> Token
             work = _Work(job.layout.samples, 0, 1)  # on a disk that is read alone nothing is to be written
         else:
             with exclusive(folder, f"folder {folder}", "out"):
-                work = _write(job, options.workers, progress)
+                work = _write(job, options, progress)
     done = time.perf_counter()
     seconds = {"total": done - begun, "load": loaded - begun, "scan": scanned - loaded, "tokenize": done - scanned}
     return _report(TokenShards.open(folder), work, seconds)
@@ -269,9 +267,11 @@ class _Work(NamedTuple):
     """Processes that wrote."""
 
 
-def _write(job: ShardJob, workers: int | None, progress: Progress) -> _Work:
-    """Write every shard without a record, by ``workers`` processes (None: as many as are worth their start)."""
-    folder, layout = job.folder, job.layout
+def _write(job: ShardJob, options: TokenizeOptions, progress: Progress) -> _Work:
+    """Write every shard without a record, by ``workers`` processes (None: as many as are worth their start), or by
+    Ray's actors.
+    """
+    folder, layout, workers = job.folder, job.layout, options.workers
     with storage_errors(str(folder)):
         settle(folder, lambda shard: shard_files(shard) if shard < layout.shards else [])
         sweep(folder)
@@ -283,18 +283,32 @@ def _write(job: ShardJob, workers: int | None, progress: Progress) -> _Work:
         return _Work(resumed, 0, 1)
     if workers is None and job.in_memory:
         workers = 1  # each worker would get a copy of all rows
+    if workers is None and options.engine == "ray":
+        with ray_cluster(options.ray_address) as ray:
+            workers = room(ray, 1, 0.0)
     if workers is None:
         workers = max(1, min(_cores(), job.plan.scan.text_bytes // TEXT_A_WORKER))
     # A compressed file is read from its beginning for every piece.
     pieces = _pieces(missing, workers * (1 if job.compressed else PIECES_A_WORKER))
     workers = min(workers, len(pieces))
-    shards = ShardWriter(job).write(missing) if workers == 1 else write_side_by_side(job, pieces, workers)
+    if options.engine == "ray":
+        shards = _on_ray(job, pieces, options)
+    elif workers == 1:
+        shards = ShardWriter(job).write(missing)
+    else:
+        shards = write_side_by_side(job, pieces, workers)
     tokens = 0
     with closing(progress.task("tokenizing", layout.samples, done=resumed)) as task, closing(shards):
         for written in shards:
             task.advance(written.samples, written.tokens)
             tokens += written.tokens
     return _Work(resumed, tokens, workers)
+
+
+def _on_ray(job: ShardJob, pieces: Sequence[Sequence[int]], options: TokenizeOptions) -> Generator[Written]:
+    with closing(on_actors(options.ray_address, ShardActor, [job], pieces, options.workers)) as results:
+        for _, written in results:
+            yield from written
 
 
 def _pieces(shards: Sequence[int], count: int) -> list[Sequence[int]]:

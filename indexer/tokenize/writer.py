@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ghoststore.corpus import Corpus, ResolvedFields, Source
-from ghoststore.errors import BusyError, CheckpointError
+from ghoststore.errors import BusyError, CheckpointError, GhostStoreError
 from ghoststore.store.base.disk import storage_errors
 from ghoststore.store.spans.commits import Commit
 from ghoststore.store.spans.committing import commit_span
@@ -92,6 +92,22 @@ class ShardWriter:
         spans = rows_of_spans(self._corpus, self._tokenizer, WHOLE, self.job.plan, self._sizes, shards)
         for shard, rows in spans:
             yield write_shard(self.job, shard, rows)
+
+
+class ShardActor:
+    """What a Ray actor of a job is."""
+
+    def __init__(self, job: ShardJob) -> None:
+        self._job = job
+        self._writer: ShardWriter | None = None
+
+    def do(self, shards: Sequence[int]) -> list[Written] | GhostStoreError:
+        """Write ``shards``."""
+        try:
+            self._writer = self._writer or ShardWriter(self._job)
+            return list(self._writer.write(shards))
+        except GhostStoreError as error:
+            return error
 
 
 def write_shard(job: ShardJob, shard: int, rows: Sequence[Row]) -> Written:

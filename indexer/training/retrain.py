@@ -85,7 +85,8 @@ class Retrainer:
     def _tokenizer(self) -> Tokenizer:
         vocabulary = getattr(self._config().get_text_config(), "vocab_size", None)
         tokenizer = load_tokenizer(Path(self.job.tokenizer_folder))
-        return Tokenizer(tokenizer, vocabulary=vocabulary, of_part=True, template_date=self.shards.template_date)
+        date = self.shards.template_date
+        return Tokenizer(tokenizer, vocabulary=vocabulary, of_part=True, template_date=date, takes_ids=True)
 
     def _config(self) -> Any:
         return AutoConfig.from_pretrained(self.job.model_folder, local_files_only=True, trust_remote_code=False)

@@ -9,6 +9,7 @@ from ghoststore.settings.shared import in_memory, is_stdin
 from ghoststore.settings.train import TrainConfig, TrainOptions
 from ghoststore.store import Store
 from ghoststore.store.base.names import check_name
+from ghoststore.store.base.object_path import refuse_objects
 from indexer.session.ranks import Ranks
 
 
@@ -56,6 +57,13 @@ def refuse_usage(options: TrainOptions, config: TrainConfig, ranks: Ranks) -> No
             raise UsageError("`name` is the name of a run: it needs `store`")
         check_name(options.name)
     if options.store is not None:
+        refuse_objects(
+            options.store,
+            "store",
+            "training",
+            "give a local store, and copy the run when it is complete: `ghoststore cp --store LOCAL --run NAME "
+            f"--to-store {options.store}`",
+        )
         Store.refuse_others(Path(options.store))
     if is_stdin(options.data) and ranks.count > 1:
         raise UsageError("`data=-` cannot be read by several ranks; tokenize it first")

@@ -64,6 +64,7 @@ class ValSet:
         """Read ``corpus``; longer samples are cut at ``max_length``. UsageError if no row can be used, or one has a
         token that the model's embedding lacks.
         """
+        corpus.cut_stream(max_length)
         _ = corpus.resolved
         settings = TokenSettings(max_length=max_length, overlong="truncate")
         rows: list[Row] = []

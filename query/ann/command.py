@@ -85,7 +85,8 @@ def index(options: IndexOptions) -> IndexReport:
     manifest = None if options.rebuild else existing(part, plan, progress)
     built = manifest is None
     if manifest is None:
-        check_writable(part.path)
+        part.caches.mkdir(parents=True, exist_ok=True)
+        check_writable(part.caches)
         manifest = build_index(part, plan, progress)
     if not manifest.reached:
         progress.note(

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from ghoststore.errors import CorruptError
 from ghoststore.store import Part
+from ghoststore.store.base.object_path import ObjectPath, at_once, piece
+from ghoststore.store.base.objects import side_by_side
 from ghoststore.store.base.opening import open_regular
 from ghoststore.store.part.index_manifest import ROW_BYTES
-from ghoststore.store.spans.layout import chunk_keys
+from ghoststore.store.spans.layout import ArraySpec, chunk_keys
 
 ROW = np.dtype([("row", "<i8"), ("digest", "<u8"), ("length", "<f8")])
 """One row of an index: its row in the part, the :func:`digest_of` its numbers, and its Euclidean length."""
@@ -79,6 +81,8 @@ class _PartRows:
         """(R, columns): rows of the array called ``array``, as stored, read row by row."""
         spec = self.part.spec(array)
         size = spec.width * spec.dtype.itemsize
+        if isinstance(self.part.path, ObjectPath):
+            return self._requested(spec, rows)
         stored = np.empty((len(rows), spec.width), dtype=spec.dtype)
         place = 0
         while place < len(rows):
@@ -100,3 +104,23 @@ class _PartRows:
             except OSError as error:
                 raise CorruptError(f"{path} cannot be read: {error}") from error
         return stored
+
+    def _requested(self, spec: ArraySpec, rows: list[int]) -> NDArray[Any]:
+        """:meth:`_stored` of a part in an object store: a request for each row, several at a time."""
+        size = spec.width * spec.dtype.itemsize
+
+        def read(row: int) -> bytes:
+            path, start = self._chunk(row, spec.name), row % spec.chunk_rows * size
+            assert isinstance(path, ObjectPath)
+            try:
+                data = piece(path, start, start + size)
+            except FileNotFoundError:
+                raise CorruptError(
+                    f"{path} is missing, though its span is committed; see `ghoststore verify`"
+                ) from None
+            if len(data) != size:
+                raise CorruptError(f"{path} is cut short at row {row}; see `ghoststore verify`")
+            return data
+
+        stored = b"".join(side_by_side(read, rows, at_once(self.part.path)))
+        return np.frombuffer(bytearray(stored), dtype=spec.dtype).reshape(len(rows), spec.width)

@@ -100,7 +100,7 @@ def _by_blocks(
     cosine = scorer.metric == "cosine"
     queries_QD = val.vectors.double()
     if scorer.minus_set is not None:
-        minus = encoder.encode_val_set(scorer.minus_set, "mean", question.max_samples)
+        minus = encoder.encode_val_set(scorer.minus_set, "mean", None)
         queries_QD = contrasted(queries_QD, minus.vectors[0].double(), names=val.ids)
     if cosine:
         queries_QD = queries_QD / queries_QD.norm(dim=1, keepdim=True)

@@ -19,7 +19,7 @@ from query.answer.contributions import recomputable
 from query.answer.report import write_report
 from query.answer.results import QueryHits, QueryResult, hits_of, with_nats
 from query.answer.run_query import query_run
-from query.answer.tokens import explain, refuse_tokens
+from query.answer.tokens import explain, refuse_pairs, refuse_tokens
 from query.ask.opened_model import OpenedModel
 from query.ask.question import Question
 from query.ask.rerank import rank_anew, refuse_part, refuse_rerank
@@ -148,6 +148,8 @@ def _answer(
     metric, ann = metric_for(question.metric, parts), None
     refuse_part(how, parts, metric)
     weights = weights_of(parts, question.part_weights)
+    if "tokens" in settings:
+        refuse_pairs(parts[0])
     if settings["index"] == "ann":
         some_layers = bool(question.layers or question.exclude_layers)
         refuse_lengths(metric, some_layers=some_layers, preconditioned=question.precondition != "none")

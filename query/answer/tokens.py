@@ -23,6 +23,7 @@ from torch import Tensor
 from ghoststore.errors import CaptureError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part
+from indexer.encode.pairs import PAIR_LOSS
 from indexer.encode.tokens import Row
 from query.ask.encoder import PartEncoder
 from query.ask.question import Question
@@ -89,6 +90,15 @@ def refuse_tokens(question: Question, how: Reranking, parts: Sequence[Part]) -> 
         raise UsageError(
             f"`tokens` shows what sums to a score, which `combine={question.combine}` is not: give `combine=mean`, or "
             "leave `group_field` out"
+        )
+
+
+def refuse_pairs(part: Part) -> None:
+    """UsageError for a part of an encoder-decoder model: its positions are those of two sequences."""
+    if part.manifest["loss"]["definition"] == PAIR_LOSS:
+        raise UsageError(
+            f"`tokens` shows what each token of a causal model's row adds, and part {part.name!r} is of a model with "
+            "an encoder: leave `tokens` out"
         )
 
 

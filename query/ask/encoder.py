@@ -40,8 +40,9 @@ from ghoststore.store.base.own import is_own, source_path
 from ghoststore.store.base.records import reading
 from ghoststore.store.part.status import FIRST_UNUSABLE, counted
 from indexer.encode.encoder import RowEncoder, encode_rows
+from indexer.encode.pairs import tokenizer_for
 from indexer.encode.positions import position_scores
-from indexer.encode.tokens import Row, Tokenizer, TokenSettings, embedding_rows, rows_of
+from indexer.encode.tokens import Row, Tokenizer, TokenSettings, rows_of
 from indexer.projection.matrices import Projection
 from indexer.projection.stored import projection_of
 from query.ask.question import Grouping
@@ -164,6 +165,11 @@ class PartEncoder:
         return iter(list(rows)) if self._tokenizer.exceeds else rows
 
     @property
+    def max_length(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.part.manifest["tokens"]["max_length"])
+
+    @property
     def exceeds(self) -> bool:
         """Whether the tokenizer has tokens that the model's embedding lacks."""
         return self._tokenizer.exceeds
@@ -191,6 +197,7 @@ class PartEncoder:
         ``max_samples`` limits how many samples are read. UsageError if no row is usable, and with grouping ``domain``
         for a sample without a domain.
         """
+        corpus.cut_stream(self.max_length)
         sums: dict[str, NDArray[np.float64]] = {}
         counts: Counter[str] = Counter()
         ids: list[str] = []
@@ -365,13 +372,15 @@ def load_for(
             dtype=part.manifest["dtype"]["model"],
             device=device,
             attn_implementation=part.manifest["compute"]["attn_implementation"],
+            encoder_decoder=True,
         )
         weights = identity.result()
     refuse_other_model(part, files, weights, model, loaded, folder)
-    return model, Tokenizer(
+    return model, tokenizer_for(
+        model,
         loaded,
-        vocabulary=embedding_rows(model),
         of_part=True,
+        takes_ids=tokenizer is not None or part.manifest["source"]["tokenizer"] is not None,
         template_date=part.manifest["tokens"]["template_date"],
     )
 

@@ -133,7 +133,7 @@ def lexical_scores(
     """
     scores_QN = np.stack([words.scores(texts) for texts in _texts_behind(val, val_set, max_samples)])
     if minus is not None:
-        scores_QN -= words.scores(*_texts_behind(*minus, max_samples))
+        scores_QN -= words.scores(*_texts_behind(*minus, None))
     return scores_QN
 
 

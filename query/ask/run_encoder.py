@@ -99,7 +99,12 @@ class RunEncoder(PartEncoder):
                 "Give `checkpoint` a checkpoint of that training"
             )
         self._tokenizer = Tokenizer(
-            loaded, vocabulary=embedding_rows(self.model), of_part=True, template_date=date, note=progress.note
+            loaded,
+            vocabulary=embedding_rows(self.model),
+            of_part=True,
+            template_date=date,
+            note=progress.note,
+            takes_ids=tokenizer is not None,
         )
         self._settings = TokenSettings(
             max_length=max_length or longest_row(self.model, None),
@@ -108,6 +113,11 @@ class RunEncoder(PartEncoder):
         model = _InPeft(self.model) if has_adapter(self.model) and _was_in_peft(run) else self.model
         projection = projection_of_run(run, model)
         self.plan, self._encoder = projection.plan, RowEncoder(model, projection)
+
+    @property
+    def max_length(self) -> int:
+        """See :attr:`PartEncoder.max_length`."""
+        return self._settings.max_length
 
     def rows(self, samples: Iterable[Sample]) -> Iterator[Row]:
         """The rows of ``samples``, in order; see :meth:`PartEncoder.rows`."""

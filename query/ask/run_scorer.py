@@ -144,7 +144,7 @@ class RunScorer:
             )
         if minus is None:
             return val, None
-        minus_val = encoder.encode_val_set(minus, "mean", question.max_samples)
+        minus_val = encoder.encode_val_set(minus, "mean", None)
         minus_val.note_left_out(progress, "`minus`")
         return val, minus_val
 

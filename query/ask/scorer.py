@@ -95,7 +95,7 @@ def open_scorer(
         val.note_left_out(progress)
         vals.append(val)
         if minus is not None:
-            minus_val = encoder.encode_val_set(minus, "mean", question.max_samples)
+            minus_val = encoder.encode_val_set(minus, "mean", None)
             minus_val.note_left_out(progress, "`minus`")
             minus_vals.append(minus_val)
         kept_encoder = encoder if keep_model and len(parts) == 1 else None

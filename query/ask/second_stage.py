@@ -278,7 +278,7 @@ def _val_rows(scorer: Scorer) -> tuple[list[Row], Tensor]:
     if scorer.minus_set is None:
         return rows, weights_QV
     assert scorer.minus is not None
-    minus = _used_rows(encoder, scorer.minus_set, scorer.minus, question.max_samples)
+    minus = _used_rows(encoder, scorer.minus_set, scorer.minus, None)
     minus_QV = torch.full((len(val.ids), len(minus)), -1.0 / len(minus), dtype=torch.float64)
     return [*rows, *minus], torch.cat([weights_QV, minus_QV], dim=1)
 

@@ -19,8 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ghoststore.store import Part
+from ghoststore.store.base.object_path import at_once
+from ghoststore.store.base.objects import side_by_side
 from ghoststore.store.part.metric import metric_for
 from ghoststore.store.part.status import FIRST_UNUSABLE
 from ghoststore.store.spans.reader import read_span
@@ -66,10 +69,14 @@ class Unit:
         chosen = sorted({place * last // (MOST_SPANS - 1) for place in range(MOST_SPANS)}) if last >= 0 else []
         spans = [part.spans[place] for place in chosen]
         usable, tokens, squares = [], [], []
-        for span in spans:
-            usable.append(read_span(part, "status", span) < FIRST_UNUSABLE)
-            tokens.append(read_span(part, "n_tokens", span)[usable[-1]])
-            squares.append(np.square(read_span(part, "norm", span)[usable[-1]], dtype=np.float64).sum(1))
+
+        def read(span: int) -> list[NDArray[Any]]:
+            return [read_span(part, name, span) for name in ("status", "n_tokens", "norm")]
+
+        for status, n_tokens, norm in side_by_side(read, spans, at_once(part.path)):
+            usable.append(status < FIRST_UNUSABLE)
+            tokens.append(n_tokens[usable[-1]])
+            squares.append(np.square(norm[usable[-1]], dtype=np.float64).sum(1))
         share = float(np.concatenate(usable).mean()) if spans else 0.0
         if not share:
             return None

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from ghoststore.checkpoint.in_memory import LoadedCheckpoint
 from ghoststore.checkpoint.load import choose_max_length, find_checkpoint, load_tokenizer, resolve_device
+from ghoststore.checkpoint.nanogpt import looks_like
 from ghoststore.corpus import Fields, open_corpus, source_name
 from ghoststore.errors import CaptureError, UsageError
 from ghoststore.progress import Progress, Silent
@@ -113,7 +115,11 @@ def doctor(options: DoctorOptions) -> DoctorReport:
         )
         reference = models.reference()
         length = choose_max_length(options.max_length, reference, MAX_LENGTH)
-        tokenizer = Tokenizer(text_tokenizer, vocabulary=embedding_rows(reference), note=progress.note)
+        if corpus is not None:
+            corpus.cut_stream(length)
+        told = options.tokenizer is not None
+        vocabulary = embedding_rows(reference)
+        tokenizer = Tokenizer(text_tokenizer, vocabulary=vocabulary, note=progress.note, takes_ids=told)
         rows = choose_rows(corpus, tokenizer, max_length=length, count=options.samples)
     subject = Subject(
         models=models,
@@ -181,6 +187,9 @@ def _open_models(
     if model is not None:
         if base is not None or adapter is not None:
             raise UsageError("`base` and `adapter` belong to the folder of an adapter, and the model is in memory")
+        if looks_like(model):
+            loaded = LoadedCheckpoint.of(model)
+            model, tokenizer = loaded.model, loaded.tokenizer_folder if tokenizer is None else tokenizer
         if tokenizer is None:
             raise UsageError("a model in memory needs its tokenizer: give `tokenizer`")
         models = LoadedModels(model, dtype, device, kernel)

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from ghoststore.errors import UsageError
-from indexer.encode.engine import refuse_randomness
+from indexer.encode.modes import refuse_randomness
 from query.doctor.finding import Check, Finding, right, wrong
 from query.doctor.locate import first_difference
 from query.doctor.subject import Subject

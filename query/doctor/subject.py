@@ -104,7 +104,8 @@ class Subject:
         together.
         """
         by_place: dict[int, tuple[Tensor, Tensor]] = {}
-        with RowEncoder(model, projection or self.projection, reduction=self.reduction) as encoder:
+        projection = projection or self.projection
+        with RowEncoder(model, projection, reduction=self.reduction, find_uses=False) as encoder:
             for batch in batches:
                 vectors, losses = encoder([rows[place] for place in batch])
                 by_place.update(zip(batch, zip(vectors.cpu(), losses.cpu(), strict=True), strict=True))

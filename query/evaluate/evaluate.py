@@ -30,7 +30,7 @@ from query.evaluate.predictors import EXACT, grouped
 from query.evaluate.removal import Removal, removal_of, without_best
 from query.evaluate.tail_patch import TailPatch, TailPatches
 from query.evaluate.task import Scored, Task
-from query.evaluate.trainings import losses_of
+from query.evaluate.trainings import By, losses_of
 from query.search.parts import note_repeated, open_parts
 from query.search.unions import refuse_united
 
@@ -103,7 +103,7 @@ def _evaluate(options: EvaluateOptions) -> EvaluateReport:
     refuse_united(parts, "an evaluation")
     task = _task(options, parts[0], device, progress)
     workers = options.workers
-    if workers is None:
+    if workers is None and options.engine is None:
         workers = 1 if device.startswith("cuda") else min(4, os.cpu_count() or 1)
     note_repeated(task.part, progress)
     score_of = task.methods(
@@ -115,7 +115,11 @@ def _evaluate(options: EvaluateOptions) -> EvaluateReport:
         None if options.run is None else Store.open(options.store).run(options.run),
         options.weight,
     )
-    trainings = _Trainings(task, Path(options.out) / "trainings", workers)
+    trainings = _Trainings(
+        task,
+        Path(options.out) / "trainings",
+        By(workers=workers, ray=options.engine == "ray", ray_address=options.ray_address),
+    )
     masks = {f"half-{number:05d}": half(options.seed, number, task.samples) for number in range(options.halves)}
     halved = trainings.losses(masks) if "lds" in options.tests else {}
     scored: dict[str, Scored] = {}
@@ -211,11 +215,11 @@ class _Trainings:
 
     task: Task
     folder: Path
-    workers: int
+    by: By
 
     def losses(self, kept: Mapping[str, NDArray[np.bool_]]) -> dict[str, NDArray[np.float64]]:
         """(V,) for each name: the val losses after training on the samples ``kept[name]``."""
-        return losses_of(self.task.plan(kept), self.folder, self.workers, self.task.progress)
+        return losses_of(self.task.plan(kept), self.folder, self.by, self.task.progress)
 
 
 def _lds_of(

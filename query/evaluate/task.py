@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from ghoststore.checkpoint.find import find_folder
 from ghoststore.checkpoint.in_memory import tokenizer_source
 from ghoststore.corpus import Corpus, Fields, Source, open_corpus
+from ghoststore.corpus.fields import READING
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.settings.build import TokenizeOptions
+from ghoststore.settings.fields import ROLES
 from ghoststore.settings.question import RebuiltOptions
 from ghoststore.settings.shared import METRICS, StepWeight, WeightOption
 from ghoststore.store import Part, Run
@@ -118,6 +120,7 @@ class Task:
         )
         if encoder.exceeds:
             with open_corpus(val_set, fields) as val_corpus:  # refused before the corpus is read, which takes longer
+                val_corpus.cut_stream(encoder.max_length)
                 encoder.refuse_beyond(islice(val_corpus.samples(), max_val_samples))
         deque(read_unchanged(corpus, part, progress, grown=False), maxlen=0)
         scanned = part.manifest["corpus"]
@@ -128,7 +131,7 @@ class Task:
         shards = Path(corpus.source)
         if not is_shards(corpus.origin):
             shards = out / "tokens"
-            names = ("text", "prompt", "completion", "messages", "id", "domain", "encoding", "delimiter")
+            names = (*ROLES, *READING) if scanned["fields"]["kind"] != "tokens" else READING
             options = TokenizeOptions(
                 data=corpus.origin,
                 tokenizer=tokenizer_source(tokenizer),

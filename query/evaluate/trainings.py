@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ghoststore.errors import MismatchError, WorkerError
+from ghoststore.cluster import on_actors
+from ghoststore.errors import GhostStoreError, MismatchError, WorkerError
 from ghoststore.processes import end_with_parent
 from ghoststore.progress import Progress
 from ghoststore.store.base.disk import publish, storage_errors, sweep
@@ -54,7 +55,33 @@ class Plan:
         )
 
 
-def losses_of(plan: Plan, folder: Path, workers: int, progress: Progress) -> dict[str, NDArray[np.float64]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class By:
+    """Who trains: ``workers`` processes of this machine, or actors of a Ray cluster."""
+
+    workers: int | None
+    """None, with Ray: as many as the cluster holds."""
+    ray: bool = False
+    ray_address: str | None = None
+
+
+class TrainingActor:
+    """What a Ray actor of the trainings is."""
+
+    def __init__(self, job: Retraining) -> None:
+        self._job = job
+        self._retrainer: Retrainer | None = None
+
+    def do(self, item: tuple[str, NDArray[np.bool_]]) -> NDArray[np.float64] | GhostStoreError:
+        """The val losses after the training on the samples that are True."""
+        try:
+            self._retrainer = self._retrainer or Retrainer(self._job)
+            return self._retrainer.val_losses(item[1])
+        except GhostStoreError as error:
+            return error
+
+
+def losses_of(plan: Plan, folder: Path, by: By, progress: Progress) -> dict[str, NDArray[np.float64]]:
     """(V,) for each name: the losses of the val samples after that training, read from ``folder`` or computed now.
 
     MismatchError if a result in ``folder`` is of another plan, CorruptError if one is damaged, WorkerError if a worker
@@ -67,7 +94,7 @@ def losses_of(plan: Plan, folder: Path, workers: int, progress: Progress) -> dic
     results = {name: losses for name, losses in stored.items() if losses is not None}
     missing = [name for name in plan.kept if name not in results]
     with closing(progress.task("training", len(plan.kept), len(results), "trainings")) as task:
-        for name, losses in _train(plan, missing, workers):
+        for name, losses in _train(plan, missing, by):
             value = {"plan": plan.digest(name), "val_loss": losses.tolist()}
             with storage_errors(str(folder)):
                 publish(_path(folder, name), seal(value, CHECKSUM, indent=None))
@@ -94,8 +121,16 @@ def _read(path: Path, digest: str) -> NDArray[np.float64] | None:
         return None
 
 
-def _train(plan: Plan, names: Sequence[str], workers: int) -> Iterator[tuple[str, NDArray[np.float64]]]:
+def _train(plan: Plan, names: Sequence[str], by: By) -> Iterator[tuple[str, NDArray[np.float64]]]:
     """(name, losses) of each training as it ends."""
+    if by.ray and names:
+        gpus = 1.0 if plan.job.device.startswith("cuda") else 0.0
+        items = [(name, plan.kept[name]) for name in names]
+        with closing(on_actors(by.ray_address, TrainingActor, [plan.job], items, by.workers, gpus=gpus)) as results:
+            for (name, _), losses in results:
+                yield name, losses
+        return
+    workers = by.workers or 1
     if workers == 1 or len(names) <= 1:
         retrainer = Retrainer(plan.job) if names else None
         for name in names:

@@ -29,7 +29,8 @@ from ghoststore.settings.measure import FullGradientsOptions
 from ghoststore.settings.shared import TokenizerSource, is_stdin
 from ghoststore.software import versions_of
 from ghoststore.store.base.manifest import Manifest
-from indexer.encode.tokens import Row, Tokenizer, TokenSettings, embedding_rows, longest_row, rows_of
+from indexer.encode.pairs import loss_definition, tokenizer_for
+from indexer.encode.tokens import Row, Tokenizer, TokenSettings, longest_row, rows_of
 from indexer.projection.selection import default_layers, select_blocks
 from query.exact.files import date_in, stored_manifest
 from query.exact.gradients import ExactGradients
@@ -70,12 +71,17 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
     text_tokenizer = load_tokenizer(folder)
     with open_corpus(options.data, options.fields or Fields(), progress) as corpus:  # refused before a model is loaded
         model = load_model(
-            checkpoint, dtype=options.model_dtype, device=device, attn_implementation=options.attn_implementation
+            checkpoint,
+            dtype=options.model_dtype,
+            device=device,
+            attn_implementation=options.attn_implementation,
+            encoder_decoder=True,
         )
-        tokenizer = Tokenizer(
+        tokenizer = tokenizer_for(
+            model,
             text_tokenizer,
-            vocabulary=embedding_rows(model),
             note=progress.note,
+            takes_ids=given is not None,
             template_date=corpus.template_date or date_in(out),
         )
         settings = TokenSettings(
@@ -83,6 +89,7 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
             overlong=options.overlong,
             template_date=tokenizer.template_date,
         )
+        corpus.cut_stream(settings.max_length)
         read = _read(corpus, tokenizer, settings, options.max_samples)
         names = None
         if options.parameters == "all" and has_adapter(model):
@@ -98,7 +105,7 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
             "corpus": {"fingerprint": read.fingerprint, "samples": read.samples, "fields": corpus.resolved.to_json()},
             "tokens": asdict(settings),
             "loss": {
-                "definition": "next-token cross-entropy of each sample's own targets",
+                "definition": loss_definition(model),
                 "reduction": options.loss_reduction,
             },
             "parameters": [parameter_slice.to_json() for parameter_slice in exact.slices],
@@ -149,7 +156,7 @@ def _row_entry(row: Row) -> dict[str, Any]:
         "source_row": row.sample.source_row,
         "window_start": row.window_start,
         "domain": row.sample.domain,
-        "n_tokens": len(row.tokens),
+        "n_tokens": row.n_tokens,
     }
 
 

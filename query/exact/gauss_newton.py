@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ghoststore.errors import UsageError
 from ghoststore.progress import Task
-from indexer.encode.batching import plan_batches
-from indexer.encode.encoder import pad
+from indexer.encode.batching import batches_of
+from indexer.encode.encoder import inputs_of
 from indexer.encode.losses import IGNORED, Reduction
 from indexer.encode.modes import forward_options
 from indexer.encode.tokens import Row
@@ -51,7 +51,7 @@ class GaussNewton:
         reduction: Reduction = "mean",
     ) -> None:
         self.model, self.blocks, self.rows = model, list(blocks), rows
-        self._batches = plan_batches([len(row.tokens) for row in rows], batch_tokens)
+        self._batches = batches_of(rows, batch_tokens)
         self._options, self._reduction = forward_options(model), reduction
         self._frozen = {name: parameter.detach() for name, parameter in model.named_parameters()}
         names = dict.fromkeys(name for block in blocks for name in block.parameters)
@@ -66,22 +66,22 @@ class GaussNewton:
         sums = [{name: torch.zeros_like(at_least_float(p)) for name, p in self._parameters.items()} for _ in tangents]
         for batch in self._batches:
             rows = [self.rows[place] for place in batch]
-            ids, labels, mask = (x.to(vectors[0].device) for x in pad(rows))
+            inputs, labels = inputs_of(rows, vectors[0].device)
             with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
-                for total, products in zip(sums, self._of_batch(ids, labels, mask, tangents), strict=True):
+                for total, products in zip(sums, self._of_batch(inputs, labels, tangents), strict=True):
                     for name, product in products.items():
                         total[name] += product
             if task is not None:
-                task.advance(len(batch), sum(len(row.tokens) for row in rows))
+                task.advance(len(batch), sum(row.length for row in rows))
         matrices = [[block.lay_out(total) / len(self.rows) for block in self.blocks] for total in sums]
         return [
             torch.stack(of_block).to(like.dtype)
             for of_block, like in zip(zip(*matrices, strict=True), vectors, strict=True)
         ]
 
-    def _of_batch(self, ids: Tensor, labels: Tensor, mask: Tensor, tangents: Sequence[dict[str, Tensor]]) -> Any:
+    def _of_batch(self, inputs: dict[str, Tensor], labels: Tensor, tangents: Sequence[dict[str, Tensor]]) -> Any:
         def logits_of(parameters: dict[str, Tensor]) -> Tensor:
-            settings = {"input_ids": ids, "attention_mask": mask, **self._options}
+            settings = {**inputs, **self._options}
             logits: Tensor = functional_call(self.model, {**self._frozen, **parameters}, (), settings).logits
             return logits
 

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ghoststore.errors import UsageError
-from indexer.encode.encoder import pad
-from indexer.encode.engine import refuse_randomness
+from indexer.encode.encoder import inputs_of
 from indexer.encode.losses import Reduction, next_token_losses
-from indexer.encode.modes import forward_options
+from indexer.encode.modes import forward_options, refuse_randomness
 from indexer.encode.tokens import Row
 
 
@@ -93,8 +92,8 @@ class ExactGradients:
         """The gradient of ``row``, which must be usable. The row is neither padded nor batched."""
         assert row.status.usable
         device = next(iter(self.parameters.values())).device
-        ids, labels, mask = (x.to(device) for x in pad([row]))
-        logits = self.model(input_ids=ids, attention_mask=mask, **self._options).logits
+        inputs, labels = inputs_of([row], device)
+        logits = self.model(**inputs, **self._options).logits
         losses, _ = next_token_losses(logits, labels, reduction=self._reduction)
         del logits
         gradients = torch.autograd.grad(losses.sum(), list(self.parameters.values()), allow_unused=True)

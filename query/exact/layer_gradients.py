@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ghoststore.progress import Task
-from indexer.encode.batching import plan_batches
-from indexer.encode.encoder import pad
-from indexer.encode.engine import refuse_randomness
+from indexer.encode.batching import batches_of
+from indexer.encode.encoder import inputs_of
 from indexer.encode.losses import Reduction, next_token_losses
-from indexer.encode.modes import forward_options, without_autocast
+from indexer.encode.modes import forward_options, refuse_randomness, without_autocast
 from indexer.encode.tap import tapped
 from indexer.encode.tokens import Row
 from indexer.layers import Axis, LayerType, Sides
@@ -132,11 +131,11 @@ class LayerGradients:
         """(B,) the losses of ``rows``, which must all be usable, in one batch. ``see`` is given all their gradient
         matrices, with ``places`` (default: 0 to B - 1).
         """
-        ids, labels, mask = (x.to(self.device) for x in pad(rows))
+        inputs, labels = inputs_of(rows, self.device)
         leaf = torch.zeros((), device=self.device, requires_grad=True)
         self._batch = batch = _Batch(torch.arange(len(rows)) if places is None else places, see, leaf)
         try:
-            logits = self.model(input_ids=ids, attention_mask=mask, **self._options).logits
+            logits = self.model(**inputs, **self._options).logits
             losses, _ = self._losses(logits, labels, reduction=self._reduction)
             del logits
             torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
@@ -148,10 +147,10 @@ class LayerGradients:
 
     def over(self, rows: Sequence[Row], see: See, batch_tokens: int, task: Task, *, padding: bool = True) -> None:
         """All ``rows`` in batches. ``see`` is given places in ``rows``."""
-        for batch in plan_batches([len(row.tokens) for row in rows], batch_tokens, padding=padding):
+        for batch in batches_of(rows, batch_tokens, padding=padding):
             batch_rows = [rows[place] for place in batch]
             self(batch_rows, see, torch.tensor(batch))
-            task.advance(len(batch), sum(len(row.tokens) for row in batch_rows))
+            task.advance(len(batch), sum(row.length for row in batch_rows))
 
     def _hook(self, place: int, use: Use, sides: Sides, module: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
         batch = self._batch

@@ -80,6 +80,7 @@ class SampleSpec:
         if self.val_set is None:
             return encoder.source_rows(places)
         with open_corpus(self.val_set, self.fields or Fields(), progress) as corpus:
+            corpus.cut_stream(encoder.max_length)
             encoder.refuse_beyond(corpus.samples())  # checks all samples, so that the draw does not matter
             samples = reservoir(corpus.samples(), self.val_samples, self.seed)
         usable = [row for row in encoder.rows(samples) if row.status.usable]

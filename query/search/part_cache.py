@@ -38,7 +38,7 @@ class PartCache:
 
     def __init__(self, part: Part, name: str, progress: Progress) -> None:
         self.part, self.name, self.progress = part, name + part.tag, progress
-        self.folder = part.path / FOLDER
+        self.folder = part.caches / FOLDER
         self.covers = part.fingerprint()
 
     def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
@@ -103,13 +103,13 @@ class PartCache:
         """``read`` applied to the cached file, after its checksum is compared; None without a usable one."""
         path = self.folder / f"{self.name}.json"
         try:
-            value = read_record(path, within=self.part.path)
+            value = read_record(path, within=self.part.caches)
             if value["format"] != FORMAT or value["covers"] != self.covers:
                 return None  # rows were committed since: computed anew
             if not re.fullmatch(rf"{re.escape(self.name)}-[0-9a-f]{{16}}\.{form}", value["data"]):
                 raise ValueError(f"it names a file {value['data']!r:.80}")
             data = self.folder / value["data"]
-            problem = FileRecord.from_json(value["file"]).damage(data, within=self.part.path)
+            problem = FileRecord.from_json(value["file"]).damage(data, within=self.part.caches)
             if problem == MISSING:
                 return None  # just replaced by another process
             if problem is not None:
@@ -131,6 +131,7 @@ class PartCache:
         refuse_links(self.folder.parent)
         path = unfinished(self.folder / self.name)
         with storage_errors(str(self.folder)):
+            self.part.caches.mkdir(parents=True, exist_ok=True)
             publish_group(self.folder, {})
             sweep(self.folder / self.name)
             try:
@@ -162,7 +163,7 @@ class PartCache:
 
 def keep_newest(part: Part, pattern: str, count: int) -> None:
     """Remove all but the ``count`` newest records that match ``pattern``, and their files."""
-    folder = part.path / FOLDER
+    folder = part.caches / FOLDER
     records = sorted(folder.glob(f"{pattern}.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for record in records[count:]:
         record.unlink(missing_ok=True)

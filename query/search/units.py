@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ghoststore.store import Part
+from ghoststore.store.base.object_path import ObjectPath
+from ghoststore.store.base.objects import IN_FLIGHT
 from ghoststore.store.spans.layout import CRC_BYTES
-from ghoststore.store.spans.reader import chunk_numbers, chunks_of, read_chunk
+from ghoststore.store.spans.reader import ReadAhead, chunk_numbers, chunks_of, read_chunk
 from query.search.products import Products
 from query.search.vectors import Scales, StoredRows
 
@@ -81,7 +83,13 @@ class Units:
             yield Unit(start, stop, [rows for rows, _ in read], products)
 
     def announced(self, spans: Sequence[int]) -> Iterator[int]:
-        """``spans``, each after the system was told that its chunks are read soon: a disk reads them meanwhile."""
+        """``spans``, each after the system was told that its chunks are read soon: a disk reads them meanwhile.
+
+        Those of an object store are asked for some spans before: as many as keep all its requests under way.
+        """
+        if any(isinstance(part.path, ObjectPath) for part in self._parts):
+            yield from self._requested(spans)
+            return
         for span in spans:
             if self._members:
                 home, own = self._parts[0].home(span)
@@ -92,6 +100,31 @@ class Units:
                 for path, _, _ in chunks_of(part, spec, [span]):
                     _announce(path)
             yield span
+
+    def _requested(self, spans: Sequence[int]) -> Iterator[int]:
+        """:meth:`announced` of an object store."""
+        waiting: deque[tuple[int, int]] = deque()
+        chunks, complete, ahead = 0, False, ReadAhead()
+        for part in self._parts:
+            part.ahead = ahead
+        try:
+            for span in spans:
+                before = chunks
+                for part in self._parts:
+                    for name in ("status", "norm", *["scale"] * part.encoding.scaled, "vectors"):
+                        spec = part.spec(name)
+                        for path, _, _ in chunks_of(part, spec, [span]):
+                            ahead.announce(path, spec.chunk_bytes + CRC_BYTES, part.path)
+                            chunks += name == "vectors"
+                waiting.append((span, chunks - before))
+                while chunks >= IN_FLIGHT:
+                    done, count = waiting.popleft()
+                    chunks -= count
+                    yield done
+            yield from (span for span, _ in waiting)
+            complete = True
+        finally:
+            ahead.close(taken=complete)
 
     def _read(self, place: int, start: int, stop: int) -> tuple[StoredRows, Tensor | None]:
         """The rows of the part at ``place``, in this thread's memory, and their products."""
@@ -105,9 +138,10 @@ class Units:
         products = self._products[place] if self._products else None
         at_once = spec.chunk_rows * max(1, products.bytes_at_once // size if products else len(files))
         multiplied: list[Tensor] = []
+        read = read_chunk if part.ahead is None else part.ahead.take
         for number, path in enumerate(files):
             # Chunks come to lie one after the other: each overwrites the checksum of the one before it.
-            read_chunk(path, size + CRC_BYTES, memory[number * size : (number + 1) * size + CRC_BYTES], part.path)
+            read(path, size + CRC_BYTES, memory[number * size : (number + 1) * size + CRC_BYTES], part.path)
             there = min((number + 1) * spec.chunk_rows, len(rows))
             first = len(multiplied) * at_once
             if products and (there - first >= at_once or there == len(rows)):  # while they are in the cache

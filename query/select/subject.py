@@ -45,6 +45,7 @@ class OfParts:
             wanted.opened_val_set(progress) as val_set,
             wanted.opened_minus(progress) as minus,
         ):
+            val_set.cut_stream(int(self.source.manifest["tokens"]["max_length"]))
             leak_check = LeakCheck(islice(val_set.samples(), wanted.max_samples))
             self.scorer = open_scorer(wanted, self._parts, self._weights, val_set, progress, minus=minus)
         note_repeated(self.source, progress)

@@ -10,19 +10,22 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
 import pytest
 
 import ghoststore
 import ghoststore.settings
+from ghoststore import ProjectionConfig, build, query
 from ghoststore.cli import COMMANDS, cli
 from ghoststore.cli.options import MOST_USED, SECTIONS, OptionsCommand
 from ghoststore.errors import UsageError
+from ghoststore.settings.fields import Fields
 from ghoststore.settings.flags import Flags, entries_of
 from ghoststore.settings.measure import METHODS
 from ghoststore.settings.option import choices_of, options_of
@@ -293,3 +296,34 @@ def test_type_checkers_know_the_keywords(tmp_path: Path) -> None:
     assert list(found) == list(range(first, first + len(WRONG))), done.stdout + done.stderr
     for line, error in zip(found.values(), WRONG.values(), strict=True):
         assert error in line
+
+
+PATHS: dict[str, Any] = {"store": "no store", "checkpoint": "no model", "data": "no corpus"}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: build(**PATHS, keep_fields=None), "`keep_fields` is a list of words, not None; leave it out"),
+        (lambda: build(**PATHS, keep_fields=("a", 3)), "`keep_fields` is a list of words, not"),
+        (lambda: build(**PATHS, max_samples=2.5), "`max_samples` is a whole number, not 2.5"),
+        (lambda: build(**PATHS, store_text="yes"), "`store_text` is True or False, not 'yes'"),
+        (lambda: query(store="no store", val_set="x", rerank="5"), "`rerank` is a whole number, not '5'"),
+        (lambda: query(store="no store", val_set="x", top_k=True), "`top_k` is a whole number, not True"),
+        (lambda: query(store="no store", val_set="x", damping="1"), "`damping` is a number, not '1'"),
+        (lambda: query(store="no store", val_set="x", combine=3), "`combine` is a word, not 3"),
+        (lambda: ProjectionConfig(layers="mlp"), "`layers` is a list of words, not 'mlp'"),  # type: ignore[arg-type]
+        (lambda: ProjectionConfig(seed="1"), "`seed` is a whole number, not '1'"),  # type: ignore[arg-type]
+        (lambda: Fields(text=1), "`fields.text` is a word, not 1"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_value_of_another_type(call: Callable[[], Any], message: str) -> None:
+    """They ended in a TypeError somewhere below, or as something else than was meant."""
+    with pytest.raises(UsageError, match=re.escape(message)):
+        call()
+
+
+def test_values_of_numpy_are_numbers() -> None:
+    settings: dict[str, Any] = {"top_k": np.int64(3), "text": np.bool_(False), "bottom_k": np.int32(1)}
+    with pytest.raises(UsageError, match="there is no store"):
+        query(store="no store", val_set="x", **settings)

@@ -162,8 +162,8 @@ def test_folders_that_are_no_corpus(tmp_path: Path) -> None:
     assert len(list(Corpus.open(str(tmp_path)).samples())) == 1
     (tmp_path / "b.csv").write_bytes(b"text\na\n")
     assert "expected files of one form, found csv, jsonl" in message(tmp_path)
-    (tmp_path / "b.csv").rename(tmp_path / "b.bin")
-    assert "b.bin: unsupported form '.bin'" in message(tmp_path)
+    (tmp_path / "b.csv").rename(tmp_path / "b.npz")
+    assert "b.npz: unsupported form '.npz'" in message(tmp_path)
 
 
 def test_damaged_saved_dataset(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 from ghoststore.errors import BusyError, GhostStoreError, StorageError
 from ghoststore.hidden_errors import hidden_error
+from ghoststore.store.base.object_folders import publish_folder, remove_folder
+from ghoststore.store.base.object_path import ObjectPath
 from ghoststore.store.base.writers import (
     FOLDER,
     abandoned,
@@ -30,7 +32,9 @@ from ghoststore.store.base.writers import (
 
 
 def flush(path: Path) -> None:
-    """Force a file, or a folder's entries, to the disk."""
+    """Force a file, or a folder's entries, to the disk. An object is there when its request was answered."""
+    if isinstance(path, ObjectPath):
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -59,7 +63,12 @@ def appearing(path: Path, *, over: bool = False) -> Iterator[Path]:
 
 
 def publish(path: Path, data: bytes) -> bool:
-    """Make ``path`` appear whole, on the disk, with ``data``. Returns False, and changes nothing, if it exists."""
+    """Make ``path`` appear whole, on the disk, with ``data``. Returns False, and changes nothing, if it exists.
+
+    An object that exists with the same bytes counts as made: the answer to an earlier attempt may have been lost.
+    """
+    if isinstance(path, ObjectPath):
+        return path.create(data)
     try:
         with appearing(path) as temporary:
             temporary.write_bytes(data)
@@ -70,6 +79,9 @@ def publish(path: Path, data: bytes) -> bool:
 
 def replace(path: Path, data: bytes) -> None:
     """Make ``path`` hold ``data``, on the disk, in one step: a reader sees the old file or the new one, never a mix."""
+    if isinstance(path, ObjectPath):
+        path.write_bytes(data)
+        return
     with appearing(path, over=True) as temporary:
         temporary.write_bytes(data)
 
@@ -79,7 +91,12 @@ UNFINISHED = re.compile(r"\..*\.tmp|.*\.[0-9a-f]{32}\.partial")
 
 
 def left_in(folder: Path) -> list[Path]:
-    """What dead writers left below ``folder``: their records, and their unfinished files and folders."""
+    """What dead writers left below ``folder``: their records, and their unfinished files and folders.
+
+    In an object store nothing shows that a writer is alive, so nothing counts as left.
+    """
+    if isinstance(folder, ObjectPath):
+        return []
     ids: set[str] = set()
     records: list[Path] = []
     unfinished_paths: list[Path] = []
@@ -106,6 +123,9 @@ def sweep(folder: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, or a folder with its contents, if it exists."""
+    if isinstance(path, ObjectPath):
+        remove_folder(path)
+        return
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -158,7 +178,12 @@ def exclusive(folder: Path, what: str, parameter: str | None = "name", *, shared
 
     BusyError if another process writes there; ``parameter`` names the parameter by which to choose another folder, None
     if there is none. StorageError if the folder cannot be written.
+
+    In an object store nobody is kept out: what is committed there does not depend on it.
     """
+    if isinstance(folder, ObjectPath):
+        yield
+        return
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
@@ -188,6 +213,9 @@ def create_whole(path: Path, fill: Callable[[Path], None]) -> None:
     StorageError if the disk refuses.
     """
     with storage_errors(str(path)):
+        if isinstance(path, ObjectPath):
+            publish_folder(path, fill)
+            return
         if path.exists():
             return
         for other in abandoned(path):

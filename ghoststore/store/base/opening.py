@@ -13,9 +13,10 @@ import stat
 from collections.abc import Iterator, Sequence
 from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ghoststore.errors import CorruptError
+from ghoststore.store.base.object_path import ObjectFile, ObjectPath, beginning
 
 DEEPEST = 64
 """Most levels of nested objects and lists in JSON."""
@@ -42,8 +43,10 @@ def open_regular(path: Path, within: Path | None = None) -> FileIO:
     link as a whole, but nothing inside it may be one.
 
     FileNotFoundError or NotADirectoryError if nothing is there. CorruptError for anything but a regular file, for a
-    link, for a name that no file can have, and if the system refuses.
+    link, for a name that no file can have, and if the system refuses. StorageError if an object store does not answer.
     """
+    if isinstance(path, ObjectPath):
+        return cast(FileIO, ObjectFile(path))  # it is read alike; only size_open() has to know
     try:
         handle = os.open(path, _FILE) if within is None else _open_below(path, within)
     except (FileNotFoundError, NotADirectoryError):
@@ -93,8 +96,8 @@ def _refuse_link(names: Sequence[str], within: Path) -> None:
 
 
 def links_below(folder: Path) -> Iterator[Path]:
-    """Links in ``folder`` and in all folders inside it; none if it does not exist."""
-    pending = [folder]
+    """Links in ``folder`` and in all folders inside it; none if it does not exist, and none in an object store."""
+    pending = [] if isinstance(folder, ObjectPath) else [folder]
     while pending:
         try:
             entries = os.scandir(pending.pop())
@@ -116,14 +119,37 @@ def refuse_links(folder: Path) -> None:
 
 def size_of(path: Path, within: Path | None = None) -> int:
     """Bytes of a regular file. Raises as :func:`open_regular`."""
+    if isinstance(path, ObjectPath):
+        return path.stat().st_size
     with open_regular(path, within) as file:
-        return os.fstat(file.fileno()).st_size
+        return size_open(file)
+
+
+def size_open(file: FileIO | ObjectFile) -> int:
+    """Bytes of an open file."""
+    return file.size if isinstance(file, ObjectFile) else os.fstat(file.fileno()).st_size
+
+
+def size_and_beginning(path: Path, count: int, within: Path | None = None) -> tuple[int, bytes]:
+    """(bytes of a regular file, the first ``count`` of them). Raises as :func:`open_regular`."""
+    if isinstance(path, ObjectPath):
+        return beginning(path, count)
+    with open_regular(path, within) as file:
+        return size_open(file), file.read(count)
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names of the files and folders in ``folder``. OSError if it cannot be listed."""
+    if isinstance(folder, ObjectPath):
+        return [path.name for path in folder.iterdir()]
+    return os.listdir(folder)
 
 
 def read_bounded(path: Path, largest: int, within: Path | None = None) -> bytes:
     """Read a file. ValueError if it has more than ``largest`` bytes, else errors of :func:`open_regular`."""
-    with BufferedReader(open_regular(path, within)) as file:
-        size = os.fstat(file.fileno()).st_size
+    opened = open_regular(path, within)
+    with BufferedReader(opened) as file:
+        size = size_open(opened)
         if size > largest:
             raise ValueError(f"it is too large: {size:,} bytes, at most {largest:,} are read")
         data = file.read(size + 1)

@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ghoststore.errors import CorruptError, GhostStoreError
+from ghoststore.errors import CorruptError, GhostStoreError, StorageError
 from ghoststore.store.base.disk import replace
 from ghoststore.store.base.opening import open_regular as open_regular
-from ghoststore.store.base.opening import parse_json, size_of
+from ghoststore.store.base.opening import parse_json, size_open
 from ghoststore.store.base.opening import read_bounded as read_bounded
 
 CHECKSUM = "record_sha256"
@@ -126,15 +126,19 @@ def damage(path: Path, sha256: str, size: int | None = None, within: Path | None
     With ``within`` it must lie below that folder, without a link on the way.
     """
     try:
-        # The size first: a file that was cut, or replaced by a huge one, is not read.
-        present = size_of(path, within)
-        if size is not None and present != size:
-            return f"{present} bytes; {size} were written"
-        return None if FileRecord.of(path, within).sha256 == sha256 else "its SHA-256 is not that of what was written"
+        with open_regular(path, within) as file:
+            # The size first: a file that was cut, or replaced by a huge one, is not read.
+            present = size_open(file)
+            if size is not None and present != size:
+                return f"{present} bytes; {size} were written"
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return None if digest == sha256 else "its SHA-256 is not that of what was written"
     except FileNotFoundError:
         return MISSING
     except CorruptError as error:  # no regular file, or the system refuses; it says which file
         return str(error)
+    except StorageError:  # an object store did not answer: nothing is known of the file
+        raise
     except OSError as error:
         return f"cannot be read: {error}"
 

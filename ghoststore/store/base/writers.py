@@ -30,6 +30,7 @@ from typing import Any
 
 from ghoststore.errors import BusyError
 from ghoststore.processes import HOST_PROCESSES, boot, id_space, is_gone, runs, this_process, uptime
+from ghoststore.store.base.object_path import ObjectPath
 
 FOLDER = ".writers"
 TOUCH_SECONDS = 30.0
@@ -103,7 +104,12 @@ def _cut(path: Path) -> str:
 
 
 def writers(folder: Path) -> list[Writer]:
-    """The writers with a record in ``folder``, dead ones too, oldest first; none if the records cannot be listed."""
+    """The writers with a record in ``folder``, dead ones too, oldest first; none if the records cannot be listed.
+
+    Nobody makes a record in an object store.
+    """
+    if isinstance(folder, ObjectPath):
+        return []
     try:
         names = os.listdir(folder / FOLDER)
     except OSError:
@@ -154,8 +160,11 @@ def _silent(touched: float, folder: Path) -> float:
 def _clock_of(folder: Path) -> float:
     """The present time by the file system of ``folder``: that of a new file in it.
 
-    If no file can be made, it is our own time: whoever cannot write there cannot remove anything either.
+    If no file can be made, it is our own time: whoever cannot write there cannot remove anything either. So it is for
+    an object store.
     """
+    if isinstance(folder, ObjectPath):
+        return time.time()
     try:
         with tempfile.TemporaryFile(prefix=".clock.", suffix=".tmp", dir=folder) as file:
             return os.fstat(file.fileno()).st_mtime

@@ -6,7 +6,9 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from ghoststore.errors import BusyError, CorruptError, UsageError
@@ -15,8 +17,11 @@ from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import CopyOptions
 from ghoststore.store.base.disk import create_whole
 from ghoststore.store.base.manifest import manifest_of
-from ghoststore.store.base.opening import open_regular, parse_json, read_bounded
-from ghoststore.store.base.records import reading, unseal
+from ghoststore.store.base.object_folders import appearing_folder, put_all
+from ghoststore.store.base.object_path import ObjectPath, at_once
+from ghoststore.store.base.objects import side_by_side
+from ghoststore.store.base.opening import open_regular, parse_json, read_bounded, size_of
+from ghoststore.store.base.records import json_digest, reading, unseal
 from ghoststore.store.base.writable import check_writable
 from ghoststore.store.manage.held import existing, folder_of, words_of
 from ghoststore.store.run.journal import FOLDER as JOURNAL
@@ -75,7 +80,10 @@ def copy(options: CopyOptions) -> CopyReport:
         )
     check_writable(path.parent)
     copying = _Copying(source, options.progress or Silent())
-    create_whole(path, copying.fill)
+    if isinstance(path, ObjectPath):
+        copying.put(path)
+    else:
+        create_whole(path, copying.fill)
     if type(source)(path).manifest != source.manifest:
         raise BusyError(f"another process has just made a {target_words} of {target.path}; nothing was copied")
     return CopyReport(
@@ -97,6 +105,7 @@ class _Copying:
     def __init__(self, source: Spanned[Any], progress: Progress) -> None:
         self._source, self._progress = source, progress
         self.files = self.bytes = 0
+        self._counting = Lock()
 
     def fill(self, folder: Path) -> None:
         """Write everything of the copy into the empty ``folder``."""
@@ -110,9 +119,47 @@ class _Copying:
             (folder / spec.name).mkdir(parents=True, exist_ok=True)
         with closing(self._progress.task(f"copying {source.name}", len(source.spans), unit="spans")) as task:
             for span in source.spans:
-                for key, sha256, size in self._record(span, folder):
-                    self._copy(key, folder, sha256, size)
+                files = self._record(span, folder)
+                for _ in side_by_side(lambda file: self._copy(file[0], folder, *file[1:]), files, at_once(source.path)):
+                    pass
                 task.advance(1)
+
+    def put(self, path: ObjectPath) -> None:
+        """Put everything of the copy into an object store. UsageError for a run with steps outside full spans."""
+        source = self._source
+        if isinstance(source, Run) and (source.journals or source.skipped):
+            raise UsageError(
+                f"run {source.name!r} has steps that are not in full spans yet, and these are not kept in object "
+                "storage: copy it when the training has ended"
+            )
+        root = self._metadata()
+        contents = {"files": json_digest(source.files), "spans": source.fingerprint()}
+        with (
+            appearing_folder(path, root, contents) as begun,
+            closing(self._progress.task(f"copying {source.name}", len(source.spans), unit="spans")) as task,
+        ):
+            if not begun:
+                return
+            put_all(path, ((name, partial(self._checked, name, sha256)) for name, sha256 in source.files.items()))
+            for span in source.spans:
+                record, files = self._commit(span)
+                put_all(path, ((key, partial(self._checked, key, sha256, size)) for key, sha256, size in files))
+                (path / record_name(span)).write_bytes(record)
+                self.files, self.bytes = self.files + 1, self.bytes + len(record)
+                task.advance(1)
+        self.files, self.bytes = self.files + 1, self.bytes + len(root)
+
+    def _checked(self, name: str, sha256: str, size: int | None = None) -> bytes:
+        """The bytes of a file. CorruptError unless they are those that were written."""
+        path = self._source.path / name
+        data = b""
+        if size is None or size_of(path, self._source.path) == size:
+            data = b"".join(_pieces(path, self._source.path))
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise damaged(self._source, [(name, "not what was written")])
+        with self._counting:
+            self.files, self.bytes = self.files + 1, self.bytes + len(data)
+        return data
 
     def _copy_journals(self, run: Run, folder: Path) -> None:
         """Copy the journals, and the list of steps that will not come.
@@ -151,8 +198,14 @@ class _Copying:
             raise CorruptError(f"{path} is another than when the copy began")
         return data
 
-    def _record(self, span: int, folder: Path) -> Iterator[tuple[str, str, int]]:
-        """Copy the record of ``span``. Yields (path, SHA-256, bytes) of the files that the copied bytes name."""
+    def _record(self, span: int, folder: Path) -> list[tuple[str, str, int]]:
+        """Copy the record of ``span``. Returns (path, SHA-256, bytes) of the files that the copied bytes name."""
+        data, files = self._commit(span)
+        self._write(commit_path(folder, span), data)
+        return files
+
+    def _commit(self, span: int) -> tuple[bytes, list[tuple[str, str, int]]]:
+        """The bytes of the record of ``span``, and (path, SHA-256, bytes) of the files that they name."""
         path = commit_path(self._source.path, span)
         with reading(path, "is not a commit record", "`ghoststore verify` lists what is damaged"):
             data = read_bounded(path, LARGEST_COMMIT, self._source.path)
@@ -160,9 +213,7 @@ class _Copying:
         problem = "it is of another span" if commit.span != span else record_problem(self._source.layout, commit)
         if problem:
             raise damaged(self._source, [(record_name(span), problem)])
-        self._write(commit_path(folder, span), data)
-        for key, record in commit.files.items():
-            yield key, record.sha256, record.bytes
+        return data, [(key, record.sha256, record.bytes) for key, record in commit.files.items()]
 
     def _copy(self, name: str, folder: Path, sha256: str, size: int | None) -> None:
         """Copy one file. CorruptError unless the copied bytes are those that were written."""
@@ -178,7 +229,8 @@ class _Copying:
                 copied.write(piece)
         if digest.hexdigest() != sha256 or (size is not None and count != size):
             raise damaged(self._source, [(name, "not what was written")])
-        self.files, self.bytes = self.files + 1, self.bytes + count
+        with self._counting:
+            self.files, self.bytes = self.files + 1, self.bytes + count
 
     def _write(self, path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ghoststore.errors import BusyError, UsageError
 from ghoststore.settings.store import OneOptions
+from ghoststore.store.base.object_path import ObjectPath
 from ghoststore.store.base.writers import FOLDER, busy, living, refuse_second
 from ghoststore.store.part.indexes import FOLDER as INDEX
 from ghoststore.store.part.indexes import index_words
@@ -49,8 +50,12 @@ def held_whole(path: Path, what: str) -> Iterator[None]:
 def held(path: Path, what: str) -> Iterator[None]:
     """Keep writers out of the folder of a part, a run or an index. BusyError while one is at work.
 
-    It takes the lock that writers take, but makes no record of a writer, which would be renamed with the folder.
+    It takes the lock that writers take, but makes no record of a writer, which would be renamed with the folder. In an
+    object store nobody is kept out.
     """
+    if isinstance(path, ObjectPath):
+        yield
+        return
     try:
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:

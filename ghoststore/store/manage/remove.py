@@ -10,6 +10,8 @@ from typing import Any
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import RemoveOptions
 from ghoststore.store.base.disk import UNCHANGED, flush, storage_errors
+from ghoststore.store.base.object_folders import remove_folder
+from ghoststore.store.base.object_path import ObjectPath, local_cache
 from ghoststore.store.base.writers import unfinished
 from ghoststore.store.manage.held import existing, held_whole, words_of
 from ghoststore.store.store import Store
@@ -36,7 +38,8 @@ class RemoveReport:
 def remove(options: RemoveOptions) -> RemoveReport:
     """Remove a part or a training run, damaged or not, with its indexes and caches.
 
-    It disappears in one step. If the process is killed while it deletes, `ghoststore.gc` deletes the rest.
+    It disappears in one step. If the process is killed while it deletes, `ghoststore.gc` deletes the rest; in object
+    storage the same `remove` does.
 
     UsageError if there is none, BusyError while a process writes it, StorageError if the disk refuses.
     """
@@ -44,6 +47,10 @@ def remove(options: RemoveOptions) -> RemoveReport:
     path = existing(store, options)
     size = size_of(path)
     with storage_errors(str(path), UNCHANGED), held_whole(path, words_of(options)):
+        if isinstance(path, ObjectPath):
+            remove_folder(path)
+            shutil.rmtree(local_cache(path), ignore_errors=True)
+            return RemoveReport(store=str(options.store), part=options.part, run=options.run, bytes=size)
         # Rename it first: a half-deleted part would be a damaged one.
         gone = unfinished(path)
         os.rename(path, gone)

@@ -10,6 +10,7 @@ from ghoststore.errors import UsageError
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import RenameOptions
 from ghoststore.store.base.disk import UNCHANGED, flush, storage_errors
+from ghoststore.store.base.object_path import refuse_objects
 from ghoststore.store.manage.held import existing, folder_of, held_whole, words_of
 from ghoststore.store.store import Store
 
@@ -38,6 +39,12 @@ def rename(options: RenameOptions) -> RenameReport:
     UsageError if there is none, or if the new name is taken; BusyError while a process writes it; StorageError if the
     disk refuses.
     """
+    refuse_objects(
+        options.store,
+        "store",
+        "renaming",
+        "`ghoststore cp --to-name` makes a copy of another name, and `ghoststore rm` removes the one before",
+    )
     store = Store.open(options.store)
     path, to = existing(store, options), folder_of(store, options, options.to_name)
     with storage_errors(str(to), UNCHANGED), held_whole(path, words_of(options)):

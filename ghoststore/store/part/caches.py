@@ -46,14 +46,14 @@ class Cache:
         if self.problem is not None:
             yield self.record, self.problem
         for name, record in self.files.items():
-            if problem := record.damage(part.path / name, part.path):
+            if problem := record.damage(part.caches / name, part.caches):
                 yield name, problem
 
 
 def caches(part: Part) -> list[Cache]:
     """All caches of ``part``. Only their records are read."""
-    moments = (_moment(part, path) for path in _records(part.path / SECOND_MOMENT))
-    measured = (_fidelity(part, path) for path in _records(part.path / FIDELITY))
+    moments = (_moment(part, path) for path in _records(part.caches / SECOND_MOMENT))
+    measured = (_fidelity(part, path) for path in _records(part.caches / FIDELITY))
     indexes = (_index(part, name) for name in index_names(part))
     return [cache for cache in (*indexes, *moments, *measured) if cache is not None]
 
@@ -68,12 +68,12 @@ def cache_damage(part: Part) -> Iterator[tuple[str, int, str | None]]:
         for name, record in cache.files.items():
             yield name, record.bytes, damage.get(name)
     for group in cache_groups(part):
-        yield f"{group}/{ROOT}", 0, group_problem(part.path / group, {})
+        yield f"{group}/{ROOT}", 0, group_problem(part.caches / group, {})
 
 
 def cache_groups(part: Part) -> list[str]:
     """Paths in the part of the Zarr groups that hold caches."""
-    folders = [folder for folder in FOLDERS if (part.path / folder).is_dir()]
+    folders = [folder for folder in FOLDERS if (part.caches / folder).is_dir()]
     return [*folders, *(f"{INDEX}/{name}" for name in index_names(part))]
 
 
@@ -81,13 +81,13 @@ def drop(part: Part, cache: Cache) -> list[str]:
     """Remove a cache. Returns the paths of its files. BusyError while a process builds that index."""
     if cache.what == "index":
         folder = index_folder(part, cache.name)
-        names = [str(path.relative_to(part.path)) for path in sorted(folder.rglob("*")) if not path.is_dir()]
+        names = [str(path.relative_to(part.caches)) for path in sorted(folder.rglob("*")) if not path.is_dir()]
         remove_index(part, cache.name)
         return names
     # The record first: the files are leftovers then, which `ghoststore gc` removes.
     for name in (cache.record, *cache.files):
         with suppress(FileNotFoundError):
-            (part.path / name).unlink()
+            (part.caches / name).unlink()
     return [cache.record, *cache.files]
 
 
@@ -139,7 +139,7 @@ def _fidelity(part: Part, path: Path) -> Cache | None:
 def _of_record(part: Part, path: Path, what: What, read: Any) -> Cache | None:
     try:
         with reading(path):
-            cache: Cache = read(read_record(path, within=part.path))
+            cache: Cache = read(read_record(path, within=part.caches))
             return cache
     except (FileNotFoundError, NotADirectoryError):
         return None  # removed meanwhile
@@ -148,4 +148,4 @@ def _of_record(part: Part, path: Path, what: What, read: Any) -> Cache | None:
 
 
 def _inside(part: Part, path: Path) -> str:
-    return path.relative_to(part.path).as_posix()
+    return path.relative_to(part.caches).as_posix()

@@ -39,9 +39,10 @@ class KeptFidelity:
 
 def keep_fidelity(part: Part, metric: str, value: dict[str, Any]) -> None:
     """Write a measurement of all rows of ``part``, in place of an earlier one. StorageError if the disk refuses."""
-    folder = part.path / FOLDER
-    refuse_links(part.path)
+    folder = part.caches / FOLDER
+    refuse_links(part.caches)
     with storage_errors(str(folder)):
+        part.caches.mkdir(parents=True, exist_ok=True)
         publish_group(folder, {})
         write_record(
             folder / f"{metric}.json",
@@ -57,9 +58,9 @@ def keep_fidelity(part: Part, metric: str, value: dict[str, Any]) -> None:
 
 def read_fidelity(part: Part, metric: str) -> KeptFidelity | None:
     """The record of ``metric``; None if there is none, or it is of another version or another part."""
-    path = part.path / FOLDER / f"{metric}.json"
+    path = part.caches / FOLDER / f"{metric}.json"
     try:
-        record = read_record(path, within=part.path)
+        record = read_record(path, within=part.caches)
         if record["format"] != FORMAT or record["manifest"] != json_digest(part.manifest):
             return None
         value = {**record["value"], "rows_covered": int(record["rows_covered"])}

@@ -56,7 +56,7 @@ def is_index_file(name: str) -> bool:
 
 def index_folder(part: Part, name: str) -> Path:
     """The folder of the index ``name``, whether it exists or not."""
-    return part.path / FOLDER / check_name(name, "index")
+    return part.caches / FOLDER / check_name(name, "index")
 
 
 def index_words(part: str, name: str) -> str:
@@ -76,7 +76,7 @@ def index_names(part: Part) -> list[str]:
     """Names of the indexes that lie with ``part``, sorted. A folder without a manifest is an unfinished build, not an
     index.
     """
-    names = (path.parent.name for path in (part.path / FOLDER).glob(f"*/{MANIFEST}"))
+    names = (path.parent.name for path in (part.caches / FOLDER).glob(f"*/{MANIFEST}"))
     return sorted(name for name in names if is_name(name))
 
 
@@ -86,7 +86,7 @@ def read_manifest(part: Part, name: str) -> IndexManifest:
     UsageError if there is none, CorruptError if it is damaged, MismatchError if it is of another version.
     """
     try:
-        return IndexManifest.read(index_folder(part, name) / MANIFEST, part.path)
+        return IndexManifest.read(index_folder(part, name) / MANIFEST, part.caches)
     except (FileNotFoundError, NotADirectoryError):
         names = ", ".join(index_names(part)) or "none"
         raise UsageError(
@@ -147,10 +147,10 @@ def building(part: Part, name: str) -> Iterator[Path]:
     StorageError if the disk refuses.
     """
     folder, what = index_folder(part, name), index_words(part.name, name)
-    refuse_links(part.path)
+    refuse_links(part.caches)
     with storage_errors(str(folder), UNCHANGED):
         for group in (folder.parent, folder):
-            group.mkdir(exist_ok=True)
+            group.mkdir(parents=group.parent == part.caches, exist_ok=True)
             publish(group / "zarr.json", GROUP)
         with exclusive(folder, what):
             _sweep(folder)

@@ -17,12 +17,15 @@ from zarr.codecs import Crc32cCodec
 
 from ghoststore.errors import CorruptError
 from ghoststore.store.base.manifest import PART, Manifest
+from ghoststore.store.base.object_path import ObjectPath, at_once, local_cache
+from ghoststore.store.base.objects import side_by_side
 from ghoststore.store.base.opening import size_of
 from ghoststore.store.base.records import reading
 from ghoststore.store.part.encoding import Encoding, encoding
 from ghoststore.store.part.layout import PartLayout
 from ghoststore.store.part.status import FIRST_UNUSABLE, Status
-from ghoststore.store.spans.group import Spanned, create, create_array, gather
+from ghoststore.store.spans.gathered import gather
+from ghoststore.store.spans.group import Spanned, create, create_array, in_memory
 from ghoststore.store.spans.reader import read_span
 
 SPAN_TABLE = "span_start"
@@ -72,6 +75,13 @@ class Part(Spanned[PartLayout]):
         yield self, np.arange(len(rows)), np.asarray(rows, dtype=np.int64)
 
     @property
+    def caches(self) -> Path:
+        """The folder of its indexes, second moments and measurements, which can all be computed again: its own, or one
+        of this user on this machine if the part is in an object store.
+        """
+        return local_cache(self.path) if isinstance(self.path, ObjectPath) else self.path
+
+    @property
     def rows(self) -> int:
         """Committed rows."""
         return self.length
@@ -113,7 +123,8 @@ class Part(Spanned[PartLayout]):
         """
         spec = self.spec(name)
         nothing = np.zeros((0, *spec.columns), dtype=spec.dtype)
-        return np.concatenate([nothing, *(read_span(self, name, span) for span in self.spans)])
+        read = side_by_side(lambda span: read_span(self, name, span), self.spans, at_once(self.path))
+        return np.concatenate([nothing, *read])
 
     def usable(self) -> NDArray[np.bool_]:
         """(rows,): whether each committed row has a vector. Raises as :meth:`column`."""
@@ -122,8 +133,16 @@ class Part(Spanned[PartLayout]):
     def read_rows(self, name: str, rows: Sequence[int] | NDArray[np.int64]) -> list[Any]:
         """The value of each of ``rows``, in their order. Each span is read once."""
         dtype = self.spec(name).dtype
+        if isinstance(self.path, ObjectPath):
+            self.array(name)  # once, before several threads read
         return list(
-            gather(rows, self.layout.span_rows, lambda span: self.read(name, *self.layout.span_of(span)), dtype)
+            gather(
+                rows,
+                self.layout.span_rows,
+                lambda span: self.read(name, *self.layout.span_of(span)),
+                dtype,
+                at_once(self.path),
+            )
         )
 
 
@@ -140,7 +159,7 @@ def fixed_array(part: Part, name: str) -> NDArray[Any]:
     files = [file for file in part.files if file.startswith(f"{name}/")]
     if not files:
         raise CorruptError(f"part {part.name!r} has no array {name!r}, which its manifest tells of")
-    for file in files:
+    for file in files if not isinstance(part.path, ObjectPath) else ():  # an object is checked as it is read
         part.check_file(file)
     array = part.open_zarr(name)
     # Zarr reads a missing chunk as zeros, as many as the shape says.
@@ -148,6 +167,9 @@ def fixed_array(part: Part, name: str) -> NDArray[Any]:
     if array.nbytes > present:
         raise CorruptError(f"{part.path / name} tells of {array.nbytes} bytes; {present} are there")
     with reading(part.path / name):
+        if isinstance(part.path, ObjectPath):
+            read = side_by_side(lambda file: part.checked_bytes(file, present), files, at_once(part.path))
+            array = in_memory({file.removeprefix(f"{name}/"): data for file, data in zip(files, read, strict=True)})
         return np.asarray(array[...])
 
 

@@ -120,7 +120,10 @@ class UnitedPart(Part):
             at += len(inside)
 
     def seen(self, name: str, span: int, values: NDArray[Any]) -> NDArray[Any]:
-        place, _ = self.layout.home(span)
+        return self._of_member(name, self.layout.home(span)[0], values)
+
+    def _of_member(self, name: str, place: int, values: NDArray[Any]) -> NDArray[Any]:
+        """``values`` of the array ``name`` of the member at ``place``, as the union has them."""
         if name == "domain":
             return np.asarray(self._codes[place][values])
         return values + self._before[place] if name == "source_row" else values
@@ -135,6 +138,15 @@ class UnitedPart(Part):
             part, (at,) = self._members[place], np.nonzero(place_R == place)
             own_span = span_R[at] - self.layout.first[place]
             yield part, at, own_span * part.layout.span_rows + row_R[at] % self.layout.span_rows
+
+    def read_rows(self, name: str, rows: Sequence[int] | NDArray[np.int64]) -> list[Any]:
+        of_rows: dict[int, Any] = {}
+        for part, at, own in self.located(rows):
+            values = part.read_rows(name, own)
+            if name in ("domain", "source_row"):
+                values = list(self._of_member(name, self._members.index(part), np.asarray(values)))
+            of_rows.update(zip(at.tolist(), values, strict=True))
+        return [of_rows[place] for place in range(len(rows))]
 
     def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
         size, pieces = self.layout.span_rows, []

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from ghoststore.errors import CorruptError
 from ghoststore.store.base.disk import flush
-from ghoststore.store.base.opening import open_regular
+from ghoststore.store.base.object_path import ObjectPath
+from ghoststore.store.base.opening import names_in, open_regular
 from ghoststore.store.base.records import json_digest
 from ghoststore.store.run.layout import RunLayout
 from ghoststore.store.run.ranges import Steps, merged, without
@@ -169,7 +170,13 @@ def _journal_spans(run: Run) -> list[int]:
 
 def journal_spans(folder: Path) -> list[int]:
     """The spans that have a journal in the run at ``folder`` now, in order."""
-    return sorted(int(match[1]) for name in os.listdir(folder / FOLDER) if (match := _NAME.fullmatch(name)))
+    try:
+        names = names_in(folder / FOLDER)
+    except FileNotFoundError:
+        if isinstance(folder, ObjectPath):  # where a folder without objects does not exist
+            return []
+        raise
+    return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
 
 
 def _read_on(run: Run, journal: Journal) -> bool:

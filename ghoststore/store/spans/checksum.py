@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import google_crc32c
 
-from ghoststore.errors import CorruptError
-from ghoststore.store.base.opening import open_regular
+from ghoststore.errors import CorruptError, StorageError
+from ghoststore.store.base.opening import open_regular, size_open
 from ghoststore.store.spans.layout import CRC_BYTES
 
 _PIECE = 1 << 20
@@ -18,12 +17,12 @@ def check_crc(path: Path, within: Path) -> None:
     """CorruptError unless the last four bytes of a chunk file are the crc32c of those before."""
     try:
         with open_regular(path, within) as file:
-            remaining = os.fstat(file.fileno()).st_size - CRC_BYTES
+            remaining = size_open(file) - CRC_BYTES
             checksum = 0
             while remaining > 0 and (piece := file.read(min(remaining, _PIECE))):
                 checksum, remaining = google_crc32c.extend(checksum, piece), remaining - len(piece)
             stated = file.read()
-    except CorruptError:
+    except (CorruptError, StorageError):
         raise
     except FileNotFoundError:
         raise CorruptError(f"{path} is missing") from None

@@ -11,6 +11,10 @@ An intent is void once its span has a record. A writer therefore looks for inten
 and intents are removed only after the record exists. The intents of a span are numbered. If the files of one are
 neither staged nor in place (a disk lost them), a next one follows, whose writer first removes what is still staged for
 the one before. An intent with a mark shows that the span had a record: if there is none, it was lost.
+
+In an object store an object is made only if there is none (a conditional put) where a link is made here, and copied
+inside the store where a file is moved. Copies of one intent are alike, and what was staged is removed once the record
+exists: a late writer copies the same bytes, or nothing.
 ``docs/format.md`` specifies this.
 """
 
@@ -25,6 +29,9 @@ from pathlib import Path, PurePath
 
 from ghoststore.errors import StorageError
 from ghoststore.store.base.disk import flush
+from ghoststore.store.base.object_path import ObjectPath, at_once
+from ghoststore.store.base.objects import side_by_side
+from ghoststore.store.base.opening import names_in
 from ghoststore.store.base.records import FileRecord, read_bounded, seal, unseal
 from ghoststore.store.base.writers import unfinished
 from ghoststore.store.spans.commits import LARGEST_COMMIT, Commit, commit_path, read_commit
@@ -50,17 +57,21 @@ def commit_span(folder: Path, commit: Commit, files: Iterable[tuple[str, bytes |
     records: dict[str, FileRecord] = {}
     staged: dict[str, str] = {}
     decided, numbered = False, 0
+
+    def stage(item: tuple[str, bytes | memoryview]) -> tuple[str, FileRecord]:
+        key, data = item
+        path = unfinished(folder / "commits" / f"{commit.span:08d}.{key.replace('/', '.')}")
+        staged[key] = path.name
+        return key, _stage(path, data)
+
     try:
-        for key, data in files:
-            path = unfinished(folder / "commits" / f"{commit.span:08d}.{key.replace('/', '.')}")
-            staged[key] = path.name
-            records[key] = _stage(path, data)
+        records.update(side_by_side(stage, files, at_once(folder)))
         own = _Intent(replace(commit, files=records), staged)
         while True:
             number = _intents_of(folder, commit.span)
             intent = _read_intent(folder, commit.span, number - 1, list(records))
             # After the intents: they are removed only when the record exists.
-            if commit_path(folder, commit.span).exists():
+            if _is_there(commit_path(folder, commit.span)):
                 break
             if intent is not None and _finish(folder, intent):
                 break
@@ -71,6 +82,8 @@ def commit_span(folder: Path, commit: Commit, files: Iterable[tuple[str, bytes |
                 )
             # Not flushed: an intent coordinates living writers, and a power cut leaves none. A truncated one is void.
             intended = seal({"commit": own.commit.to_json(), "staged": staged})
+            # An object may have been made although the answer was lost: then what is staged must stay.
+            decided = isinstance(folder, ObjectPath)
             decided = _link(_intent_path(folder, commit.span, number), intended)
             numbered = number + 1
         decided = False
@@ -91,7 +104,7 @@ def settle(folder: Path, files: Callable[[int], Sequence[str]]) -> None:
     for span in sorted(intents.keys() | marks):
         numbers = intents.get(span, [])
         # After the intents: they are removed only when the record exists.
-        recorded = commit_path(folder, span).exists()
+        recorded = _is_there(commit_path(folder, span))
         if not recorded and numbers:
             intent = _read_intent(folder, span, max(numbers), files(span))
             recorded = intent is not None and _finish(folder, intent)
@@ -103,7 +116,7 @@ def decided_spans(folder: Path) -> tuple[dict[int, list[int]], set[int]]:
     """The numbers of the present intents by span, and the spans with a mark, which had a record when it was made."""
     intents: dict[int, list[int]] = {}
     marks: set[int] = set()
-    for name in os.listdir(folder / "commits"):
+    for name in names_in(folder / "commits"):
         if match := _INTENT.fullmatch(name):
             intents.setdefault(int(match[1]), []).append(int(match[2] or 0))
         elif match := _MARK.fullmatch(name):
@@ -113,6 +126,9 @@ def decided_spans(folder: Path) -> tuple[dict[int, list[int]], set[int]]:
 
 def _stage(path: Path, data: bytes | memoryview) -> FileRecord:
     """Write ``data`` to a new file, on the disk."""
+    if isinstance(path, ObjectPath):
+        path.write_bytes(data)
+        return FileRecord(bytes=memoryview(data).nbytes, sha256=hashlib.sha256(data).hexdigest())
     with open(path, "xb") as file:
         file.write(data)
         file.flush()
@@ -134,6 +150,12 @@ def _link(path: Path, data: bytes, mark: Path | None = None) -> bool:
     With ``mark`` its bytes are flushed, and the file ``mark`` appears after it. :func:`publish` is not used: it would
     list ``commits/`` for leftovers at every span.
     """
+    if isinstance(path, ObjectPath):
+        if not path.create(data):
+            return False
+        if mark is not None:
+            mark.write_bytes(b"")
+        return True
     temporary = unfinished(path)
     try:
         temporary.write_bytes(data)
@@ -149,10 +171,15 @@ def _link(path: Path, data: bytes, mark: Path | None = None) -> bool:
     return True
 
 
+def _is_there(path: Path) -> bool:
+    """Whether something has the name ``path``. It asks for it: a listing of objects may lag behind."""
+    return path.is_file() if isinstance(path, ObjectPath) else path.exists()
+
+
 def _intents_of(folder: Path, span: int) -> int:
     """Number of intents of ``span``, up to the first gap."""
     number = 0
-    while _intent_path(folder, span, number).exists():
+    while _is_there(_intent_path(folder, span, number)):
         number += 1
     return number
 
@@ -178,12 +205,9 @@ def _finish(folder: Path, intent: _Intent) -> bool:
     """Move the staged files and write the record. False if a file is neither staged nor in place."""
     moved_before: list[str] = []
     folders: set[Path] = set()
-    for key, name in intent.staged.items():
-        path = folder / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.rename(folder / "commits" / name, path)
-        except FileNotFoundError:
+    moved = side_by_side(lambda item: _move(folder, *item), intent.staged.items(), at_once(folder))
+    for key, was_staged in zip(intent.staged, moved, strict=True):
+        if not was_staged:
             moved_before.append(key)
         parents = [folder / parent for parent in PurePath(key).parents]
         folders.update(parents[:-1] or parents)
@@ -205,7 +229,24 @@ def _finish(folder: Path, intent: _Intent) -> bool:
     return True
 
 
+def _move(folder: Path, key: str, name: str) -> bool:
+    """Move a staged file to its place; an object is copied, and removed when the record exists. False if it is gone."""
+    staged, path = folder / "commits" / name, folder / key
+    try:
+        if isinstance(staged, ObjectPath) and isinstance(path, ObjectPath):
+            staged.copy_to(path)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(staged, path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def _drop(folder: Path, staged: dict[str, str]) -> None:
+    if isinstance(folder, ObjectPath):
+        folder.objects.delete([(folder / "commits" / name).key for name in staged.values()])
+        return
     for name in staged.values():
         (folder / "commits" / name).unlink(missing_ok=True)
 
@@ -216,5 +257,16 @@ def _clear(folder: Path, span: int, numbers: Iterable[int]) -> None:
     The last intent goes first, so that none is left beyond a gap.
     """
     for number in sorted(numbers, reverse=True):
+        if isinstance(folder, ObjectPath):  # its objects were copied, or belong to a writer that came too late
+            _drop_staged(folder, span, number)
         _intent_path(folder, span, number).unlink(missing_ok=True)
     _mark_path(folder, span).unlink(missing_ok=True)
+
+
+def _drop_staged(folder: Path, span: int, number: int) -> None:
+    """Remove what is staged for an intent of a span that has a record."""
+    try:
+        staged = unseal(read_bounded(_intent_path(folder, span, number), LARGEST_COMMIT))["staged"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return
+    _drop(folder, {str(key): str(name) for key, name in staged.items() if _STAGED.fullmatch(str(name))})

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
 
-from ghoststore.errors import CorruptError, GhostStoreError, UsageError
+from ghoststore.errors import CorruptError, GhostStoreError, StorageError, UsageError
 from ghoststore.store.base.disk import create_whole
 from ghoststore.store.base.manifest import Kind, Manifest, attributes_of, manifest_of
-from ghoststore.store.base.opening import open_regular, parse_json, read_bounded, size_of
+from ghoststore.store.base.object_path import ObjectPath, at_once
+from ghoststore.store.base.objects import side_by_side
+from ghoststore.store.base.opening import (
+    open_regular,
+    parse_json,
+    read_bounded,
+    size_and_beginning,
+    size_of,
+    size_open,
+)
 from ghoststore.store.base.records import MISSING, check_file, digests, json_digest, reading
 from ghoststore.store.spans.commits import LARGEST_COMMIT, Commit, commit_path, committed
-from ghoststore.store.spans.layout import CRC_BYTES, ArraySpec, SpanLayout
+from ghoststore.store.spans.layout import CRC_BYTES, ArraySpec, SpanLayout, chunk_keys
 from ghoststore.store.spans.soundness import damaged, exact_commit, record_name
 
 LARGEST_METADATA = 64 << 20
@@ -34,6 +45,9 @@ MOST_TIMES = 64
 """For a number of each row in memory, a part may have at most FEW_ROWS rows, or MOST_TIMES the committed ones."""
 CODECS = {"bytes", "vlen-utf8", "crc32c"}
 """Allowed codecs of arrays: none that expands a little data to much."""
+if TYPE_CHECKING:
+    from ghoststore.store.spans.reader import ReadAhead
+
 L = TypeVar("L", bound=SpanLayout)
 
 
@@ -99,6 +113,9 @@ class Spanned(ABC, Generic[L]):
         self.spans: list[int] = self._committed()
         """Committed spans, in order."""
         self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._metadata: dict[str, bytes] = {}
+        self.ahead: ReadAhead | None = None
+        """Reads chunks of an object store before they are needed, while somebody scans them."""
         self._sizes_checked = False
 
     @classmethod
@@ -115,6 +132,8 @@ class Spanned(ABC, Generic[L]):
             spans = committed(self.path)
         except (FileNotFoundError, NotADirectoryError):
             raise damaged(self, [("commits", "there is no commits folder")]) from None
+        except StorageError:
+            raise
         except OSError as error:
             raise CorruptError(f"{self.path / 'commits'} cannot be read: {error.strerror}") from error
         beyond = [span for span in spans if span >= self.layout.spans]
@@ -162,23 +181,26 @@ class Spanned(ABC, Generic[L]):
 
     def commits(self) -> Iterator[Commit]:
         """The record of each committed span, in order. CorruptError if one is damaged."""
-        for span in self.spans:
-            yield self.commit(span)
+        yield from side_by_side(self.commit, self.spans, at_once(self.path))
 
     def fingerprint(self) -> str:
         """SHA-256 of the manifest and every commit record. It identifies the committed rows that a cache was made from.
 
         CorruptError if a record is missing.
         """
-        digest = hashlib.sha256(json_digest(self.manifest).encode())
-        for span in self.spans:
+
+        def record(span: int) -> bytes:
             path = commit_path(self.path, span)
             try:
-                digest.update(f"{span}:".encode() + read_bounded(path, LARGEST_COMMIT, self.path))
-            except CorruptError:
+                return read_bounded(path, LARGEST_COMMIT, self.path)
+            except (CorruptError, StorageError):
                 raise
             except (OSError, ValueError) as error:
                 raise CorruptError(f"{path} cannot be read: {error}") from error
+
+        digest = hashlib.sha256(json_digest(self.manifest).encode())
+        for span, data in zip(self.spans, side_by_side(record, self.spans, at_once(self.path)), strict=True):
+            digest.update(f"{span}:".encode() + data)
         return digest.hexdigest()
 
     def spec(self, name: str) -> ArraySpec:
@@ -190,9 +212,12 @@ class Spanned(ABC, Generic[L]):
 
     def check_file(self, name: str) -> None:
         """CorruptError unless ``name`` is one of ``files`` and has the bytes that were written."""
+        self._refuse_outside(name)
+        check_file(self.path / name, self.files.get(name, "not one of its files"), within=self.path)
+
+    def _refuse_outside(self, name: str) -> None:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise CorruptError(f"{self.path / 'zarr.json'} names a file outside the {self.kind.name}: {name!r:.200}")
-        check_file(self.path / name, self.files.get(name, "not one of its files"), within=self.path)
 
     def array(self, name: str) -> zarr.Array[Any]:
         """The Zarr array ``name``. CorruptError if it does not fit the layout."""
@@ -212,16 +237,46 @@ class Spanned(ABC, Generic[L]):
             self._arrays[spec.name] = array
         return self._arrays[spec.name]
 
+    def array_metadata(self, name: str) -> bytes:
+        """The ``zarr.json`` of an array, checked. One in an object store is read and checked once."""
+        path = self.path / name / "zarr.json"
+        if not isinstance(path, ObjectPath):
+            self.check_file(f"{name}/zarr.json")
+            return path.read_bytes()
+        if name not in self._metadata:
+            self._metadata[name] = self.checked_bytes(f"{name}/zarr.json", LARGEST_ARRAY_METADATA)
+        return self._metadata[name]
+
+    def checked_bytes(self, name: str, largest: int) -> bytes:
+        """The bytes of one of ``files``. CorruptError as :meth:`check_file`, ValueError beyond ``largest`` bytes."""
+        self._refuse_outside(name)
+        try:
+            data = read_bounded(self.path / name, largest, self.path)
+        except FileNotFoundError:
+            data = b""
+        if hashlib.sha256(data).hexdigest() != self.files.get(name):
+            self.check_file(name)  # says what is wrong
+            raise CorruptError(f"{self.path / name} changed while it was read")
+        return data
+
     def open_zarr(self, name: str) -> zarr.Array[Any]:
         """A Zarr array of any shape. CorruptError if its metadata were changed or name codecs that are not ours."""
-        self.check_file(f"{name}/zarr.json")
         path = self.path / name / "zarr.json"
+        if not isinstance(path, ObjectPath):
+            self.check_file(f"{name}/zarr.json")
         with reading(path, "does not describe an array"):
-            metadata = parse_json(read_bounded(path, LARGEST_ARRAY_METADATA, self.path))
+            metadata_bytes = (
+                self.array_metadata(name)
+                if isinstance(path, ObjectPath)
+                else read_bounded(path, LARGEST_ARRAY_METADATA, self.path)
+            )
+            metadata = parse_json(metadata_bytes)
             unknown = {str(codec["name"]) for codec in metadata["codecs"]} - CODECS
             if unknown or metadata["chunk_grid"]["name"] != "regular":
                 raise ValueError(f"it has chunks or codecs that are not ours: {sorted(unknown)[:3]!r:.100}")
-            return zarr.open_array(self.path / name, mode="r", zarr_format=3)  # ignores metadata of other Zarr formats
+            if isinstance(self.path, ObjectPath):
+                return in_memory({"zarr.json": metadata_bytes})  # its chunks are read by `slice`
+            return zarr.open_array(self.path / name, mode="r", zarr_format=3)  # ignores metadata of other formats
 
     def check_chunk(self, spec: ArraySpec, key: str) -> None:
         """CorruptError unless the file ``key`` has the size of a chunk of ``spec``.
@@ -236,10 +291,30 @@ class Spanned(ABC, Generic[L]):
                 if size != expected:
                     raise CorruptError(f"{path} has {size} bytes; {expected} were written")
                 return
-            with open_regular(path, self.path) as file:
-                size, count = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(4), "little")
+            size, start = size_and_beginning(path, 4, self.path)
         except (FileNotFoundError, NotADirectoryError):
             raise CorruptError(f"{path} is missing, though its span is committed") from None
+        self._check_strings(spec, path, size, start)
+
+    def _chunk_bytes(self, spec: ArraySpec, key: str) -> bytes:
+        """The bytes of a chunk, checked as by :meth:`check_chunk` before they are read."""
+        path = self.path / key
+        try:
+            with open_regular(path, self.path) as file:
+                size = size_open(file)
+                if spec.dtype is str:
+                    start = file.read(4) or b""
+                    self._check_strings(spec, path, size, start)
+                    return start + file.readall()
+                if size != spec.chunk_bytes + CRC_BYTES:
+                    raise CorruptError(f"{path} has {size} bytes; {spec.chunk_bytes + CRC_BYTES} were written")
+                return file.readall()
+        except FileNotFoundError:
+            raise CorruptError(f"{path} is missing, though its span is committed") from None
+
+    def _check_strings(self, spec: ArraySpec, path: Path, size: int, start: bytes) -> None:
+        """CorruptError unless a chunk of strings with these first four bytes can be one of ``spec``."""
+        count = int.from_bytes(start, "little")
         if count != spec.chunk_rows or size < 4 + 4 * count + CRC_BYTES:
             raise CorruptError(
                 f"{path} is not what was written: {count} strings in {size} bytes, where {spec.chunk_rows} are expected"
@@ -247,6 +322,13 @@ class Spanned(ABC, Generic[L]):
 
     def check_sizes(self, spec: ArraySpec, spans: Sequence[int]) -> None:
         """Check every chunk of ``spans`` as :meth:`check_chunk`, before memory for all of them is allocated."""
+        if isinstance(self.path, ObjectPath):  # a listing tells of a thousand at a time
+            folder = self.path / spec.name
+            sizes = {f"{spec.name}/{name}": path.stat().st_size for name, path in folder.below()}
+            for key in (key for span in spans for key in self.layout.chunk_keys(spec, span)):
+                if sizes.get(key) != spec.chunk_bytes + CRC_BYTES:
+                    self.check_chunk(spec, key)
+            return
         for span in spans:
             for key in self.layout.chunk_keys(spec, span):
                 self.check_chunk(spec, key)
@@ -288,40 +370,35 @@ class Spanned(ABC, Generic[L]):
                 raise UsageError(
                     f"{self.unit} {start} to {stop} of {self.kind.name} {self.name!r} are not committed (span {span})"
                 )
-            for key in self.layout.chunk_keys(spec, span):
+            for key in self.layout.chunk_keys(spec, span) if not isinstance(self.path, ObjectPath) else ():
                 self.check_chunk(spec, key)
         return self.slice(spec, spec.count(self.layout.length), *spec.entries(start, stop))
 
     def slice(self, spec: ArraySpec, length: int, start: int, stop: int) -> NDArray[Any]:
-        """Read entries through Zarr, whose errors become CorruptError. Call :meth:`check_chunk` before."""
+        """Read entries through Zarr, whose errors become CorruptError. Call :meth:`check_chunk` before.
+
+        Chunks in an object store are checked here, several at a time: each is one request.
+        """
         try:
-            return np.asarray(self.open_array(spec, length)[start:stop])
+            array = self.open_array(spec, length)
+            if isinstance(self.path, ObjectPath) and start < stop:
+                keys = chunk_keys(spec, start * spec.every, stop * spec.every)
+                read = side_by_side(partial(self._chunk_bytes, spec), keys, at_once(self.path))
+                chunks = {key.removeprefix(f"{spec.name}/"): data for key, data in zip(keys, read, strict=True)}
+                array = in_memory({"zarr.json": self.array_metadata(spec.name), **chunks})
+            return np.asarray(array[start:stop])
         except GhostStoreError:
             raise
         except (ValueError, RuntimeError, OSError, TypeError, KeyError) as error:
             raise CorruptError(f"{self.path / spec.name}, {start} to {stop}: {error}") from error
 
 
-def gather(
-    indexes: Sequence[int] | NDArray[np.int64], size: int, read: Callable[[int], NDArray[Any]], dtype: Any
-) -> NDArray[Any]:
-    """The values at ``indexes``, in their order, from blocks of ``size``; ``read(block)`` is called once for each.
-
-    ``dtype`` is that of an empty result.
-    """
-    index_N = np.asarray(indexes, dtype=np.int64)
-    if not len(index_N):
-        return np.empty(0, dtype=dtype)
-    order = np.argsort(index_N // size, kind="stable")
-    blocks, starts = np.unique(index_N[order] // size, return_index=True)
-    values: NDArray[Any] | None = None
-    for block, positions in zip(blocks.tolist(), np.split(order, starts[1:]), strict=True):
-        data = read(block)
-        if values is None:
-            values = np.empty((len(index_N), *data.shape[1:]), dtype=data.dtype)
-        values[positions] = data[index_N[positions] - block * size]
-    assert values is not None
-    return values
+def in_memory(files: Mapping[str, bytes]) -> zarr.Array[Any]:
+    """The array with these files, by path in its folder."""
+    prototype = default_buffer_prototype()
+    return zarr.open_array(
+        MemoryStore({name: prototype.buffer.from_bytes(data) for name, data in files.items()}), mode="r", zarr_format=3
+    )
 
 
 def create_array(group: zarr.Group, spec: ArraySpec, length: int) -> zarr.Array[Any]:

@@ -7,10 +7,10 @@ A chunk file holds its numbers, little endian and row by row, and their crc32c i
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +20,10 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from ghoststore.errors import CorruptError
-from ghoststore.store.base.opening import open_regular
+from ghoststore.errors import CorruptError, StorageError
+from ghoststore.store.base.object_path import ObjectPath, at_once
+from ghoststore.store.base.objects import IN_FLIGHT, side_by_side
+from ghoststore.store.base.opening import open_regular, size_open
 from ghoststore.store.spans.group import Spanned
 from ghoststore.store.spans.layout import CRC_BYTES, ArraySpec
 
@@ -48,7 +50,7 @@ def read_chunk(path: Path, size: int, buffer: NDArray[np.uint8] = NOTHING, withi
     """
     try:
         with open_regular(path, within) as file:
-            present = os.fstat(file.fileno()).st_size
+            present = size_open(file)
             if present != size:
                 raise CorruptError(f"{path} has {present} bytes; {size} were written")
             if len(buffer) != size:
@@ -62,7 +64,7 @@ def read_chunk(path: Path, size: int, buffer: NDArray[np.uint8] = NOTHING, withi
             end = file.read(1) if filled == len(view) else b""
     except (FileNotFoundError, NotADirectoryError):
         raise CorruptError(f"{path} is missing, though its span is committed; see `ghoststore verify`") from None
-    except CorruptError:
+    except (CorruptError, StorageError):
         raise
     except OSError as error:
         raise CorruptError(f"{path} cannot be read: {error}") from error
@@ -72,6 +74,38 @@ def read_chunk(path: Path, size: int, buffer: NDArray[np.uint8] = NOTHING, withi
     if checksum != stated:
         raise CorruptError(f"{path} is damaged: its crc32c does not hold; see `ghoststore verify`")
     return buffer
+
+
+class ReadAhead:
+    """Chunks of objects that were asked for before they are needed. One thread announces them, others take them.
+
+    :data:`~ghoststore.store.base.objects.IN_FLIGHT` requests are under way at a time.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(IN_FLIGHT, "ghoststore-read-ahead")
+        self._chunks: dict[Path, Future[Bytes]] = {}
+
+    def announce(self, path: Path, size: int, within: Path) -> None:
+        """Begin to read a chunk, as :func:`read_chunk` does."""
+        self._chunks[path] = self._pool.submit(read_chunk, path, size, within=within)
+
+    def take(self, path: Path, size: int, buffer: Bytes = NOTHING, within: Path | None = None) -> Bytes:
+        """As :func:`read_chunk`, of a chunk that was announced once, or of any other."""
+        future = self._chunks.pop(path, None)
+        if future is None:
+            return read_chunk(path, size, buffer, within)
+        data = future.result()
+        if len(buffer) == size:
+            buffer[:] = data
+            return buffer
+        return data
+
+    def close(self, *, taken: bool) -> None:
+        """No chunk is announced any more. With ``taken`` those that were will be taken, else they are given up."""
+        self._pool.shutdown(wait=False, cancel_futures=not taken)
+        if not taken:
+            self._chunks.clear()
 
 
 def chunks_of(source: Spanned[Any], spec: ArraySpec, spans: list[int]) -> Iterator[tuple[Path, int, int]]:
@@ -97,14 +131,15 @@ def read_span(source: Spanned[Any], name: str, span: int) -> NDArray[Any]:
     spec = source.spec(name)
     start, stop = spec.entries(*source.layout.span_of(span))
     (key,) = source.layout.chunk_keys(spec, span)
-    buffer = read_chunk(source.path / key, spec.chunk_bytes + CRC_BYTES, within=source.path)
+    read = read_chunk if source.ahead is None else source.ahead.take
+    buffer = read(source.path / key, spec.chunk_bytes + CRC_BYTES, within=source.path)
     return chunk_numbers(buffer, spec, stop - start)
 
 
 def stream(source: Spanned[Any], name: str, spans: list[int] | None = None) -> Iterator[Chunk]:
     """Chunks of a numeric array over ``spans`` (default: all committed), in order, read ahead by a thread.
 
-    Memory: READ_AHEAD + 1 chunks, whatever the size of the part or run.
+    Memory: READ_AHEAD + 1 chunks, whatever the size of the part or run; from an object store one for each request.
     """
     for home, own, shift in source.homes(source.spans if spans is None else spans):
         with closing(_stream(home, name, own)) as chunks:
@@ -115,6 +150,9 @@ def stream(source: Spanned[Any], name: str, spans: list[int] | None = None) -> I
 def _stream(source: Spanned[Any], name: str, spans: list[int]) -> Generator[Chunk]:
     spec = source.spec(name)
     chunks = list(chunks_of(source, spec, spans))
+    if isinstance(source.path, ObjectPath):
+        yield from _requested(source, spec, chunks)
+        return
     free: queue.Queue[NDArray[np.uint8] | None] = queue.Queue()
     full: queue.Queue[tuple[NDArray[np.uint8], int, int] | BaseException] = queue.Queue()
     for _ in range(min(READ_AHEAD + 1, len(chunks))):
@@ -144,3 +182,13 @@ def _stream(source: Spanned[Any], name: str, spans: list[int]) -> Generator[Chun
     finally:
         free.put(None)
         thread.join()
+
+
+def _requested(source: Spanned[Any], spec: ArraySpec, chunks: list[tuple[Path, int, int]]) -> Iterator[Chunk]:
+    """:func:`stream` from an object store: several chunks are on their way at a time."""
+
+    def read(chunk: tuple[Path, int, int]) -> Bytes:
+        return read_chunk(chunk[0], spec.chunk_bytes + CRC_BYTES, within=source.path)
+
+    for (_, start, stop), buffer in zip(chunks, side_by_side(read, chunks, at_once(source.path)), strict=True):
+        yield Chunk(start, stop, chunk_numbers(buffer, spec, stop - start))

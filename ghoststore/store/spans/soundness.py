@@ -7,14 +7,16 @@ writer left it out.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ghoststore.errors import CorruptError
+from ghoststore.errors import CorruptError, StorageError
+from ghoststore.store.base.object_path import ObjectPath, at_once
+from ghoststore.store.base.objects import side_by_side
+from ghoststore.store.base.opening import names_in
 from ghoststore.store.base.records import MISSING
 from ghoststore.store.base.writers import FOLDER as WRITERS
 from ghoststore.store.spans.checksum import check_crc
@@ -99,7 +101,9 @@ def _spans_with_chunks(source: Spanned[Any]) -> set[int]:
     spans: set[int] = set()
     for spec in layout.arrays():
         try:
-            names = os.listdir(source.path / spec.name / "c")
+            names = names_in(source.path / spec.name / "c")
+        except StorageError:
+            raise
         except OSError:  # no chunk yet; `verify` names a folder that cannot be listed
             continue
         for name in names:
@@ -138,15 +142,24 @@ def quick_damage(source: Spanned[Any]) -> Iterator[tuple[str, str]]:
     if (problem := writers_problem(source.path)) is not None:
         yield WRITERS, problem
     yield from missing_records(source)
-    for span in source.spans:
+    # One listing tells a thousand sizes. What it lacks is asked for: it may lag behind.
+    listed = dict(source.path.below()) if isinstance(source.path, ObjectPath) else {}
+
+    def read(span: int) -> Commit | str:
         try:
-            commit = exact_commit(source.path, source.layout, span)
+            return exact_commit(source.path, source.layout, span)
         except CorruptError as error:
-            yield record_name(span), str(error)
+            return str(error)
+
+    for span, commit in zip(source.spans, side_by_side(read, source.spans, at_once(source.path)), strict=True):
+        if isinstance(commit, str):
+            yield record_name(span), commit
             continue
         for key, record in commit.files.items():
             try:
-                size = (source.path / key).lstat().st_size
+                size = listed.get(key, source.path / key).lstat().st_size
+            except StorageError:
+                raise
             except OSError as error:
                 yield key, MISSING if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
                 continue
@@ -186,7 +199,7 @@ def unrecorded_damage(source: Spanned[Any], span: int) -> Iterator[tuple[str, st
 
 def checked_spans(source: Spanned[Any], spans: Iterable[int], task: Task | None = None) -> Iterator[Checked]:
     """Check ``spans`` as :func:`checked_span`, in their order, some of them at a time."""
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(max(THREADS, at_once(source.path))) as pool:
         for checked in pool.map(lambda span: list(checked_span(source, span)), spans):
             if task is not None:
                 task.advance(1)

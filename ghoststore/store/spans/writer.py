@@ -77,8 +77,7 @@ def _encoded(target: Spanned[Any], data: SpanData) -> Iterator[tuple[str, memory
         start, stop = spec.entries(*target.layout.span_of(data.span))
         values = data.arrays[spec.name]
         assert len(values) == stop - start, spec.name
-        files = {"zarr.json": _buffer((target.path / spec.name / "zarr.json").read_bytes())}
-        target.check_file(f"{spec.name}/zarr.json")
+        files = {"zarr.json": _buffer(target.array_metadata(spec.name))}
         # Empty chunks are written, too: the record names them.
         array = zarr.open_array(MemoryStore(files), mode="r+").with_config({"write_empty_chunks": True})
         for key in target.layout.chunk_keys(spec, data.span):

@@ -44,10 +44,10 @@ def cluster() -> Iterator[Any]:
 
 
 class Striking(Silent):
-    """Calls ``strike`` when rows of the build are told for the first time."""
+    """Calls ``strike`` when a bar called ``at`` advances for the first time."""
 
-    def __init__(self, strike: Any) -> None:
-        self.strike: Any = strike
+    def __init__(self, strike: Any, at: str = "building") -> None:
+        self.strike, self.at = strike, at
         self.notes: list[str] = []
 
     def task(self, description: str, total: int | None, done: int = 0, unit: str = "rows") -> Task:
@@ -55,7 +55,7 @@ class Striking(Silent):
 
         class Bar(type(super().task("", None))):  # type: ignore[misc]
             def advance(self, rows: int, tokens: int = 0) -> None:
-                if description == "building" and listener.strike is not None:
+                if description == listener.at and listener.strike is not None:
                     listener.strike()
                     listener.strike = None
 
@@ -109,6 +109,12 @@ def test_an_actor_dies(lab: Lab, built: Path, tmp_path: Path, cluster: Any) -> N
     assert lab.tree(store) == lab.tree(built)
 
 
+def kill_one(name: bytes) -> None:
+    """Kill a process of this machine whose command line holds ``name``."""
+    names = (path for path in Path("/proc").glob("[0-9]*/cmdline") if name in bytes_of(path))
+    os.kill(int(next(names).parent.name), signal.SIGKILL)
+
+
 def bytes_of(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -137,3 +143,25 @@ def test_not_installed(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UsageError, match=r"pip install 'ghoststore\[ray\]'"):
         build(lab, tmp_path / "store")
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.kill
+def test_tokenize_and_evaluate(lab: Lab, built: Path, tmp_path: Path, cluster: Any) -> None:
+    """The shards and the correlations of one process, though an actor dies at each."""
+    given = {"data": lab.corpus, "tokenizer": lab.checkpoint, "shard_samples": 3}
+    ghoststore.tokenize(out=tmp_path / "alone", **given, workers=1)
+
+    listener = Striking(lambda: kill_one(b"ray::ShardActor"), at="tokenizing")
+    report = ghoststore.tokenize(out=tmp_path / "shards", **given, engine="ray", workers=2, progress=listener)
+    assert listener.strike is None
+    assert report.workers == 2
+    assert lab.tree(tmp_path / "shards") == lab.tree(tmp_path / "alone")
+
+    question = {"store": built, "val_set": lab.corpus, "device": "cpu", "halves": 4, "max_steps": 2, "methods": ["dot"]}
+    alone = ghoststore.evaluate(out=tmp_path / "one", workers=1, **question)
+    listener = Striking(lambda: kill_one(b"ray::TrainingActor"), at="training")
+    by_ray = ghoststore.evaluate(out=tmp_path / "ray", engine="ray", progress=listener, **question)
+    assert listener.strike is None
+    assert lab.tree(tmp_path / "ray") == lab.tree(tmp_path / "one")
+    assert by_ray.to_json()["lds"] == alone.to_json()["lds"]

@@ -19,6 +19,7 @@ import ghoststore
 from ghoststore.errors import BusyError, MismatchError, UsageError
 from ghoststore.progress import Silent, Task
 from ghoststore.store.spans.writer import writing
+from indexer.build import job
 from indexer.build.share import Share
 from tests.support.parts import unbuild
 
@@ -258,3 +259,18 @@ def test_the_scripts_of_the_docs(lab: Lab, alone: Path, tmp_path: Path, script: 
         assert process.stderr is not None
         assert process.wait() == 0, process.stderr.read()
     assert lab.tree(tmp_path / "store") == lab.tree(alone)
+
+
+def test_another_learned_meanwhile(lab: Lab, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On other hardware, with other last bits: what the first to finish has learned is taken."""
+    store = tmp_path / "store"
+    calibrate = job.calibrate
+
+    def slower(model: Any, plan: Any, rows: Any, **settings: Any) -> Any:
+        monkeypatch.setattr(job, "calibrate", calibrate)
+        assert lab.build(store, "--span-rows", SPAN_ROWS).code == 0
+        return calibrate(model, plan, rows[:-1], **settings)
+
+    monkeypatch.setattr(job, "calibrate", slower)
+    assert worker(lab, store, "1/2").seconds["learning"] == 0
+    assert lab.tree(store) == lab.tree(alone)

@@ -194,19 +194,31 @@ GATES = [(0.0, None), (1e-4, None), (0.5, float("-inf")), (0.5, torch.finfo(torc
 @pytest.mark.parametrize(("gate", "mask"), GATES)
 @pytest.mark.parametrize("scored", [False, True], ids=["vectors", "scores"])
 def test_a_table_of_positions_in_a_batch_of_as_many_samples(gate: float, mask: float | None, *, scored: bool) -> None:
-    """It was cut as if it were of the samples: the output was still near enough, or drowned in that of a mask."""
+    """It was cut as if it were of the samples: the output was still near enough, or drowned in that of a mask. Where
+    the output tells, it is taken whole.
+    """
     model = Around(Gated(gate, mask), call_gated).eval()
+    batch = drawn(4, 4, 3)
     if scored:
         with GradDotProdEngine(model, VAL, val_losses=sum_of_squares, val_refresh_interval=100) as engine:
             plain_step(engine, model, X)
+            if gate == 0.5:
+                check(plain_step(engine, model, batch), exact_plain(model, batch, VAL))
+                return
             with pytest.raises(CaptureError, match="a Gated, which no formula knows"):
                 plain_step(engine, model, drawn(4, 4, 3))
         return
     with GradProjLoraEngine(model, ProjectionConfig(layers=("all",), rank_total="full")) as vectors:
-        for batch in (X, drawn(2, 4, 5)):
-            vectors.prepare(len(batch))
-            vectors.collect(sum_of_squares(model, batch))
+        for earlier in (X, drawn(2, 4, 5)):
+            vectors.prepare(len(earlier))
+            vectors.collect(sum_of_squares(model, earlier))
         vectors.prepare(4)
+        if gate == 0.5:
+            found = vectors.collect(sum_of_squares(model, batch))
+            vectors.detach()
+            exact = naive(model, vectors.projection, 4, lambda m, i: sum_of_squares(m, batch[i : i + 1]).sum())
+            assert relative_error(found, exact.vectors) < 1e-5
+            return
         with pytest.raises(CaptureError, match="a Gated, which no formula knows"):
             vectors.collect(sum_of_squares(model, drawn(4, 4, 3)))
 

@@ -271,3 +271,21 @@ def test_on_the_command_line(lab: Lab, store: Path) -> None:
     outcome = lab.run("query", *given, "--minus", store.parent / "val.jsonl")
     assert outcome.code == 2
     assert "--minus" in outcome.err
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"lexical": 0.5}, {"rerank": 20, "top_k": 9}, {"rerank": 20, "top_k": 9, "rerank_with": "vectors"}]
+)
+def test_the_first_samples_of_the_val_set_leave_minus_whole(
+    store: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """`max_samples` says so of the val set. It cut both."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((store.parent / "val.jsonl").read_text().splitlines(keepends=True)[:3]))
+
+    def ranking(**others: Any) -> list[tuple[Any, float]]:
+        return [
+            (hit.id, pytest.approx(hit.score, rel=1e-5)) for hit in ask(store, **settings, **others).results[0].hits
+        ]
+
+    assert ranking(max_samples=3) == ranking(val_set=few)

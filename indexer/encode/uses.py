@@ -1,0 +1,205 @@
+"""Uses of weights where no branch or tap sees them, found in the graph of every batch.
+
+Autograd keeps a node for each operation on a tensor that has a gradient. An edge of the graph that ends at a parameter
+is a use of it; it must come from inside a call of the module that is tapped for the parameter. What a check of the
+first batch cannot know, a branch that only a later batch takes, shows there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._autograd import _get_sequence_nr
+from torch.utils.hooks import RemovableHandle
+
+from indexer.encode.sample_axis import unsupported
+from indexer.projection.plan import ProjectionPlan
+
+PASSED_ON = frozenset(
+    f"{name}Backward0"
+    for name in (
+        *("T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Alias", "Expand", "ToCopy", "Clone"),
+        *("Unsqueeze", "Squeeze", "Select", "Slice", "AsStrided", "Split", "SplitWithSizes", "Unbind"),
+    )
+)
+"""Operations that only pass a weight on, perhaps to several uses: autocast casts it once for all."""
+COMPILED = "CompiledFunctionBackward"
+"""The node of a compiled graph, in which uses do not show."""
+
+
+def parameters_by_module(model: nn.Module, plan: ProjectionPlan) -> dict[str, list[nn.Parameter]]:
+    """By module with a branch, the parameters of the projected blocks whose use in it the branch sees."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for layer in plan.layers:
+        ids = {id(model.get_parameter(name)) for name in layer.block.parameters}
+        for use in layer.block.uses:
+            module = model.get_submodule(use.module)
+            own = module._parameters.values() if use.kind.has_formula else [module.get_parameter(use.parameter)]
+            found.setdefault(use.module, []).extend(p for p in own if p is not None and id(p) in ids)
+    return found
+
+
+def uses_in(loss: Tensor) -> Iterator[tuple[Tensor, Any]]:
+    """(tensor without a past, the operation that uses it) of the graph of ``loss``, once for each use."""
+    start: Any = loss.grad_fn
+    waiting, seen = [start], {start}
+    while waiting:
+        node = waiting.pop()
+        if node is None or node.name().startswith(COMPILED):
+            continue
+        for following, _ in node.next_functions:
+            while following is not None and following.name() in PASSED_ON and len(following.next_functions) == 1:
+                following = following.next_functions[0][0]
+            if following is None:
+                continue
+            if following.name() == "torch::autograd::AccumulateGrad":
+                yield following.variable, node
+            elif following not in seen:
+                seen.add(following)
+                waiting.append(following)
+
+
+def refuse_hidden(names: Sequence[str]) -> None:
+    """CaptureError that names the layers or parameters ``names``, if there are any."""
+    if names:
+        raise unsupported(
+            f"{len(names)} weight(s) are used where nothing sees it (`F.linear(x, layer.weight)`, a forward that is "
+            "called around the module's hooks, a module that was replaced): their gradients would lack a share. Call "
+            f"the module, or leave them out (`exclude_layers`): {','.join(names)}",
+            names,
+        )
+
+
+class FrozenInCalls:
+    """Parameters that are frozen inside calls of their modules alone: all other uses of them are in the graph.
+
+    ``parameters`` are those of each module by name. Nothing is kept for a backward pass that would not be kept
+    otherwise, but for uses that are refused.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Sequence[nn.Parameter]]) -> None:
+        self._model = model
+        self._of = {name: [p for p in own if p.is_floating_point()] for name, own in parameters.items()}
+        self._all = list({id(p): p for own in self._of.values() for p in own}.values())
+        self._inside: dict[int, int] = {}
+        """By parameter, how many calls of its modules are open."""
+        self._open = self.whole = False
+        """Whether a batch is open; whether everything is in its graph, the uses inside calls, too."""
+        self._compiled = self._called = False
+        """Whether calls ran in a compiled graph; whether a module was called in the open batch."""
+        self.never_alone = False
+        """Whether ``whole`` counts although the model itself is called: it does not run on one sample."""
+
+    def attach(self) -> list[RemovableHandle]:
+        """The hooks on the modules. Those of branches must come later, to stand before them."""
+        handles = [self._model.register_forward_pre_hook(self._model_called, prepend=True)]
+        for name, parameters in self._of.items():
+            module = self._model.get_submodule(name)
+            enter, leave = self._hooks(parameters)
+            handles += [
+                module.register_forward_pre_hook(enter, prepend=True),
+                module.register_forward_hook(leave, prepend=True),
+            ]
+        return handles
+
+    def begin(self, *, whole: bool) -> None:
+        """Begin a batch. With ``whole`` nothing is frozen, unless the model itself is called."""
+        self._open, self.whole, self._inside = not self._compiled, whole, {}
+        self._called = False
+        for parameter in self._all if self._open else ():
+            parameter.requires_grad_(True)
+
+    def end(self) -> None:
+        """End the batch: everything is frozen."""
+        if self._open:
+            self._open = self.whole = False
+            for parameter in self._all:
+                parameter.requires_grad_(False)
+
+    def hidden(self, losses: Tensor) -> list[Tensor]:
+        """The parameters that the ``losses`` use outside calls of their modules."""
+        if self.whole or not self._open or self._compiled:
+            return []  # a comparison with autograd shows them
+        watched = {id(parameter) for parameter in self._all}
+        return list({id(tensor): tensor for tensor, _ in uses_in(losses) if id(tensor) in watched}.values())
+
+    def _model_called(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module is self._model and not self.never_alone and not self._called:
+            self.whole = False
+
+    def _hooks(self, parameters: Sequence[nn.Parameter]) -> tuple[Any, Any]:
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._called = True
+            if torch.compiler.is_dynamo_compiling():
+                self._compiled = True
+            if not self._open or self.whole or self._compiled:
+                return
+            inside = self._inside
+            for parameter in parameters:
+                inside[id(parameter)] = inside.get(id(parameter), 0) + 1
+                parameter.requires_grad_(False)
+
+        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not self._open or self.whole or self._compiled:
+                return
+            inside = self._inside
+            for parameter in parameters:
+                inside[id(parameter)] = inside.get(id(parameter), 1) - 1
+                if not inside[id(parameter)]:
+                    parameter.requires_grad_(True)
+
+        return enter, leave
+
+
+class CallWindows:
+    """The operations of a graph that belong to calls of modules, told by the order in which autograd numbers them.
+
+    ``parameters`` are those of each module by name; they have gradients.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Sequence[nn.Parameter]]) -> None:
+        self._model, self._of = model, parameters
+        self._watched = {id(p) for own in parameters.values() for p in own}
+        self._started: dict[str, int] = {}
+        self._windows: dict[int, list[tuple[int, int]]] = {}
+
+    def attach(self) -> list[RemovableHandle]:
+        """The hooks on the modules that note where a call begins."""
+        return [
+            self._model.get_submodule(name).register_forward_pre_hook(self._hook(name), prepend=True)
+            for name in self._of
+        ]
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not torch.compiler.is_dynamo_compiling():
+                self._started[name] = _get_sequence_nr()
+
+        return hook
+
+    def begin(self) -> None:
+        """Begin a batch."""
+        self._windows = {}
+
+    def ended(self, name: str) -> None:
+        """A call of the module ``name`` is over, and what it returned is tapped."""
+        window = self._started.get(name, 0), _get_sequence_nr()
+        for parameter in self._of.get(name, ()):
+            self._windows.setdefault(id(parameter), []).append(window)
+
+    def hidden(self, losses: Tensor, elsewhere: Collection[str] = ()) -> list[str]:
+        """Names of the parameters that the ``losses`` use outside calls of their modules, but for those of the modules
+        ``elsewhere``, whose calls cannot be told (in a compiled graph).
+        """
+        found: set[int] = set()
+        trusted = {id(p) for name in elsewhere for p in self._of.get(name, ())}
+        for tensor, node in uses_in(losses):
+            key = id(tensor)
+            if key in self._watched and key not in found and key not in trusted:
+                number = node._sequence_nr()
+                if not any(first <= number < last for first, last in self._windows.get(key, ())):
+                    found.add(key)
+        return [name for name, p in self._model.named_parameters() if id(p) in found] if found else []
