@@ -22,6 +22,7 @@ QUESTIONS = {
     BuildOptions,
     Printing,
     first="checkpoint data store name max_length batch_tokens projection.layers proj_dtype device dry_run",
+    only_given=True,
 )
 def command(keywords: options.Keywords, printing: Printing) -> None:
     """Each sample's projected gradient at a checkpoint, for every sample of a corpus, into a store.
@@ -30,6 +31,7 @@ def command(keywords: options.Keywords, printing: Printing) -> None:
 
     \b
       ghoststore build --checkpoint ./model --data train.jsonl --store ./store
+      ghoststore build --like model-train --data new.jsonl --store ./store
     """
     options.run("build", keywords, printing, _print)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -44,12 +45,15 @@ def _refuse_options() -> None:
             raise UsageError(f"`list_them` and `remove` build nothing: leave out `{spec.name}`")
 
 
-def _manage(store: str, part: str | None, remove: str | None, as_json: bool) -> None:
+def _manage(store: str, part: str | Sequence[str] | None, remove: str | None, as_json: bool) -> None:
     from ghoststore.cli.terminal import print_json
     from ghoststore.store.part.indexes import index_states, remove_index
     from ghoststore.store.store import Store
 
-    stored_part = Store.open(store).part(part)
+    named = [part] if part is None or isinstance(part, str) else part
+    if len(named) > 1:
+        raise UsageError("`list_them` and `remove` are about one `part`: the index of a union lies with the first")
+    stored_part = Store.open(store).part(named[0])
     if remove is not None:
         remove_index(stored_part, remove)
     states = index_states(stored_part)

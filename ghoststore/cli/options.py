@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
+from click.core import ParameterSource
 
 from ghoststore.cli.events import current
 from ghoststore.errors import GhostStoreError
@@ -21,6 +22,7 @@ from ghoststore.settings.shared import Printing, ResultFile
 Keywords = dict[str, Any]
 """The keyword arguments of a public function."""
 MOST_USED = "Most used"
+NOT_GIVEN = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
 SECTIONS: tuple[str, ...] = get_args(Section)
 
 
@@ -66,12 +68,13 @@ class OptionsCommand(click.Command):
                     formatter.write_dl(records)
 
 
-def command(*kinds: type, first: str = "") -> Callable[[Callable[..., None]], OptionsCommand]:
+def command(*kinds: type, first: str = "", only_given: bool = False) -> Callable[[Callable[..., None]], OptionsCommand]:
     """Make a command of a function.
 
     The function takes the keywords of a public function, from the first of ``kinds``, and an object of each other kind:
     the options that only the command line has. ``first`` names the parameters that the help shows before all others;
-    a field of an object is named ``object.name``.
+    a field of an object is named ``object.name``. With ``only_given`` the keywords are those that the user gave: the
+    defaults of the others, which the public function has, too, may then depend on these.
     """
 
     def decorate(function: Callable[..., None]) -> OptionsCommand:
@@ -87,6 +90,9 @@ def command(*kinds: type, first: str = "") -> Callable[[Callable[..., None]], Op
         parameters = [parameter for entry in entries for parameter in _parameters(entry, flags)]
 
         def call(**values: Any) -> None:
+            if only_given:
+                source_of = click.get_current_context().get_parameter_source
+                values = {name: value for name, value in values.items() if source_of(name) not in NOT_GIVEN}
             keywords, *rest = (_keywords_of(kind, values) for kind in kinds)
             function(keywords, *(kind(**fields) for kind, fields in zip(kinds[1:], rest, strict=True)))
 
@@ -174,9 +180,11 @@ def _keywords_of(kind: type, values: dict[str, Any]) -> Keywords:
     keywords: Keywords = {}
     objects: dict[str, Keywords] = {}
     for entry in entries_of(kind):
-        value = values[_key(entry)]
-        if entry.option.shortcut and values[f"{_key(entry)}__shortcut"]:
-            value = entry.option.shortcut[1]
+        key = _key(entry)
+        shortcut = entry.option.shortcut if values.get(f"{key}__shortcut") else None
+        if key not in values and shortcut is None:
+            continue
+        value = values[key] if shortcut is None else shortcut[1]
         if entry.option.repeated and len(value) == 1 and str in members_of(entry.spec.type):
             value = value[0]
         elif entry.option.repeated and Path in members_of(entry.spec.type):

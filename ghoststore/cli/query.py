@@ -63,7 +63,8 @@ def print_hits(result: Any) -> None:
                     value = getattr(hit, beside)
                     cells = [f"{hit.score:.4g}", *cells, "–" if value is None else f"{value:.4g}"]
                 cells += [f"{hit.times:,}"] if of_run else []
-                rows.append([str(hit.rank), *cells, hit.id, str(hit.source_row), hit.domain or "", preview(hit.text)])
+                about_row = [hit.id, hit.part or "", str(hit.source_row), hit.domain or "", preview(hit.text)]
+                rows.append([str(hit.rank), *cells, *about_row])
             if rows:
                 print_ranking(title.format(name, metric), about, columns, rows, partial(token_lines, hits))
     if "lexical" in settings:
@@ -111,7 +112,7 @@ def _columns(settings: dict[str, Any], in_nats: bool, fused: bool) -> list[Colum
     if "lexical" in settings:
         scores = ["hybrid", similarity, "BM25"]
     numbers: list[Column] = [(heading, "number") for heading in ("rank", *scores)]
-    return [*numbers, ("id", "id"), ("row", "number"), ("domain", "text"), ("text", "text")]
+    return [*numbers, ("id", "id"), ("part", "text"), ("row", "number"), ("domain", "text"), ("text", "text")]
 
 
 def _fewer(result: Any) -> str:

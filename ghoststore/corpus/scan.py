@@ -27,19 +27,23 @@ class Scan:
     fingerprint: str
     domains: list[str] | None
     text_bytes: int
+    known: str | None = None
+    """The fingerprint of the known first samples, if there are more than these."""
 
 
 class SampleScan:
     """A pass over the first ``max_rows`` samples (None: all). Iterate over it for the samples, then call
-    :meth:`finish`.
+    :meth:`finish`. The first ``known`` samples have a fingerprint of their own.
 
     Raises CorpusError for more than MAX_DOMAINS distinct domains.
     """
 
-    def __init__(self, samples: Iterable[Sample], *, max_rows: int | None = None) -> None:
+    def __init__(self, samples: Iterable[Sample], *, max_rows: int | None = None, known: int = 0) -> None:
         self._hash = hashlib.sha256()
         self._domains: set[str] = set()
         self._rows = self._text_bytes = 0
+        self._count = known
+        self._known: str | None = None
         self._pass = self._scanned(islice(samples, max_rows))
 
     def __iter__(self) -> Iterator[Sample]:
@@ -50,13 +54,19 @@ class SampleScan:
         deque(self._pass, maxlen=0)
         return Scan(
             rows=self._rows,
-            fingerprint=f"sha256:{self._hash.hexdigest()}",
+            fingerprint=self._fingerprint(),
             domains=sorted(self._domains) if self._domains else None,
             text_bytes=self._text_bytes,
+            known=self._known,
         )
+
+    def _fingerprint(self) -> str:
+        return f"sha256:{self._hash.hexdigest()}"
 
     def _scanned(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         for sample in samples:
+            if self._rows == self._count > 0:
+                self._known = self._fingerprint()
             canonical = sample.canonical()
             self._hash.update(len(canonical).to_bytes(8, "little") + canonical)
             for text in sample.texts():

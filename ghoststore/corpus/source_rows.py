@@ -15,6 +15,7 @@ from ghoststore.corpus.formats.dataset import DatasetForm
 from ghoststore.corpus.formats.json_document import JsonForm
 from ghoststore.corpus.formats.parquet import ParquetForm
 from ghoststore.corpus.formats.text import TextForm
+from ghoststore.corpus.joined import JoinedCorpora
 from ghoststore.corpus.values import RowError
 from ghoststore.errors import CorpusError, MismatchError
 
@@ -28,7 +29,7 @@ class SourceRows:
     Every method raises MismatchError for a row that is gone, or whose digest differs from that in ``digests``.
     """
 
-    def __init__(self, corpus: Corpus, places: Sequence[Position], digests: Sequence[int]) -> None:
+    def __init__(self, corpus: Corpus | JoinedCorpora, places: Sequence[Position], digests: Sequence[int]) -> None:
         self.corpus = corpus
         self.places = sorted(places, key=lambda place: place.source_row)
         self._digest = {place.source_row: int(digest) for place, digest in zip(places, digests, strict=True)}
@@ -96,9 +97,18 @@ class SourceRows:
     def dataset(self) -> Any:
         """For datasets: the rows as a dataset, with the features and the format of the source."""
         self.check()
-        ((form, _, keyed),) = self.corpus.at(self.places)
-        assert isinstance(form, DatasetForm)
-        return form.dataset.select(list(keyed))
+        chosen = []
+        for form, _, keyed in self.corpus.at(self.places):
+            assert isinstance(form, DatasetForm)
+            chosen.append(form.dataset.select(list(keyed)))
+        if len(chosen) == 1:
+            return chosen[0]
+        import datasets
+
+        for other in chosen[1:]:
+            if other.features != chosen[0].features:
+                raise CorpusError(f"{self.corpus.source}: their features differ; {ONE_FILE}")
+        return datasets.concatenate_datasets(chosen)
 
     def check(self) -> None:
         """Read every row to compare its digest."""

@@ -9,13 +9,15 @@ from ghoststore.errors import UsageError
 from ghoststore.settings.option import about, check_at_least, option, options
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.shared import (
+    CHECKPOINT,
     DOMAINS,
     FIRST_SAMPLES,
     VECTOR_DTYPES,
-    CheckpointOptions,
+    Checkpoint,
     CorpusOptions,
     EngineOptions,
     LengthOptions,
+    ModelOptions,
     ProgressOption,
     StoreOption,
     TokenizerSource,
@@ -39,9 +41,17 @@ def worker_of(text: str) -> tuple[int, int]:
 
 
 @options
-class BuildOptions(ProgressOption, EngineOptions, LengthOptions, CorpusOptions, StoreOption, CheckpointOptions):
+class BuildOptions(ProgressOption, EngineOptions, LengthOptions, CorpusOptions, StoreOption, ModelOptions):
     """Options of ``ghoststore build``."""
 
+    checkpoint: Checkpoint | None = option(None, f"{CHECKPOINT} With `like` that of the part.", "Model")
+    like: str | None = option(
+        None,
+        "A part of the store: build other rows like it, with its checkpoint, tokenizer, projection and settings. The "
+        "parts can then be ranked as one.",
+        "Input",
+        metavar="PART",
+    )
     name: str | None = option(None, "Name of the part (default: checkpoint and corpus).", "Output")
     projection: ProjectionConfig | None = option(
         None, "How gradients are projected.", "Projection", group=ProjectionConfig
@@ -53,6 +63,7 @@ class BuildOptions(ProgressOption, EngineOptions, LengthOptions, CorpusOptions, 
         choices=VECTOR_DTYPES,
     )
     max_samples: int | None = option(None, FIRST_SAMPLES, "Input")
+    skip_samples: int = option(0, "Leave out so many samples at the beginning of the corpus.", "Input")
     batch_tokens: int | None = option(
         None, "Padded tokens of a batch (default: 2048 on a CPU, 16384 on CUDA).", "Advanced"
     )
@@ -98,6 +109,7 @@ class BuildOptions(ProgressOption, EngineOptions, LengthOptions, CorpusOptions, 
 
     def __post_init__(self) -> None:
         check_at_least(1, batch_tokens=self.batch_tokens, max_samples=self.max_samples, workers=self.workers)
+        check_at_least(0, skip_samples=self.skip_samples)
         self.check_engine()
         if self.engine is None and self.num_gpus is not None:
             raise UsageError("`num_gpus` belongs to `engine=ray`")
@@ -118,6 +130,12 @@ class BuildOptions(ProgressOption, EngineOptions, LengthOptions, CorpusOptions, 
             raise UsageError("standard input can be read only once, not by several workers: give a file")
         if self.dry_run and self.stdin:
             raise UsageError("`dry_run` cannot read standard input: the corpus would be used up; give a file")
+
+    @property
+    def model(self) -> Checkpoint:
+        """The checkpoint: given, or once `like` is resolved."""
+        assert self.checkpoint is not None
+        return self.checkpoint
 
     @property
     def several(self) -> bool:

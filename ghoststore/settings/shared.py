@@ -160,21 +160,26 @@ class AdapterOptions:
     adapter: AdapterUse | None = option(None, ADAPTER, "Model")
 
 
-@options
-class CheckpointOptions(AdapterOptions, DeviceOption):
-    """The options for a checkpoint at which gradients are computed."""
+CHECKPOINT = "Folder in transformers' format, of a model or a LoRA adapter; a hub id; or nanoGPT's ckpt.pt."
 
-    checkpoint: Checkpoint = field(
-        metadata=about(
-            "Folder in transformers' format, of a model or a LoRA adapter; a hub id; or nanoGPT's ckpt.pt.", "Model"
-        )
-    )
+
+@options
+class ModelOptions(AdapterOptions, DeviceOption):
+    """The options for a model that computes gradients, but for its checkpoint."""
+
     tokenizer: TokenizerSource | None = option(None, "Folder of the tokenizer (default: the checkpoint's).", "Model")
     model_dtype: str = option("float32", "Numbers the model computes with.", "Model", choices=FLOATS)
     attn_implementation: str | None = option(
         None, "Attention kernel: sdpa, eager, … (default: transformers').", "Advanced"
     )
     loss_reduction: Reduction = option("mean", LOSS_REDUCTION, "Scoring")
+
+
+@options
+class CheckpointOptions(ModelOptions):
+    """The options for a checkpoint at which gradients are computed."""
+
+    checkpoint: Checkpoint = field(metadata=about(CHECKPOINT, "Model"))
 
 
 @options

@@ -120,7 +120,12 @@ class Yes:
 class IndexOptions(ProgressOption, MetricOption, StoreOption):
     """Options of ``ghoststore index``."""
 
-    part: str | None = option(None, "Part to index (default: the only one).", "Input")
+    part: str | Sequence[str] | None = option(
+        None,
+        "Part to index (default: the only one); repeatable: those that are ranked as one, as `query` takes them.",
+        "Input",
+        repeated=True,
+    )
     factory: str | None = option(
         None, "FAISS's factory string, such as IVF4096,SQ8 (default: by rows and dimension).", "Model", metavar="STRING"
     )

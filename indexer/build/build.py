@@ -23,8 +23,10 @@ from ghoststore.store.spans.writer import writing
 from indexer.build.beginning import begin
 from indexer.build.corpus_plan import other_places
 from indexer.build.estimate import estimated_seconds
+from indexer.build.growth import refuse_grown
 from indexer.build.inputs import open_inputs, part_name
 from indexer.build.job import BuildJob, plan_job
+from indexer.build.like import resolved
 from indexer.build.report import BuildReport
 from indexer.build.share import Share, device_of
 from indexer.build.spans import compute_spans
@@ -46,6 +48,9 @@ def build(options: BuildOptions) -> BuildReport:
     moment from it, factored into a row and a column, scales both sides of the projection. The inner product of two
     vectors is then ⟨g, V^-½ g'⟩: the effect of an Adam step on one sample on the loss of the other.
 
+    ``like`` names a part of the store: what is not given (checkpoint, lengths, projection, …) is taken from it, and so
+    is what its projection learned. The parts can then be ranked as one. ``skip_samples`` leaves out the first samples.
+
     If the part exists and is of the same build, it is continued: only spans without a commit record are computed. The
     result is byte-identical to that of an uninterrupted build.
 
@@ -60,6 +65,7 @@ def build(options: BuildOptions) -> BuildReport:
     StorageError if the disk refuses. Committed spans stay committed.
     """
     progress = options.progress or Silent()
+    options = resolved(options)
     if not options.dry_run and options.engine == "ray":
         from indexer.build.on_ray import build_on_ray  # its actors call `opened`, below
 
@@ -148,7 +154,11 @@ def _open_part(store: Store, job: BuildJob, progress: Progress) -> Part:
 def refuse_other_build(part: Part, job: BuildJob, progress: Progress) -> None:
     """MismatchError if ``job`` would not compute the rows of ``part``. A note says so if their last bits may differ."""
     store = part.path.parent.parent
-    refuse_differences(part.manifest, job.manifest, f"part {part.name!r} of {store}")
+    try:
+        refuse_differences(part.manifest, job.manifest, f"part {part.name!r} of {store}")
+    except MismatchError:
+        refuse_grown(part, job)
+        raise
     if not np.array_equal(span_table(part), job.plan.table):
         raise other_places(part, job.plan.table, job.manifest["source"], store)
     for section in ("software", "compute"):

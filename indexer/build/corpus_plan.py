@@ -138,12 +138,16 @@ def plan_corpus(
     settings: TokenSettings,
     *,
     span_rows: int,
+    skip_samples: int = 0,
     max_samples: int | None = None,
+    known: int = 0,
     tokenize: bool = False,
     learning: LearningSample | None = None,
     progress: Progress | None = None,
 ) -> CorpusPlan:
-    """Scan ``corpus`` (its first ``max_samples`` samples) for spans of ``span_rows`` rows.
+    """Scan ``corpus`` (the first ``max_samples`` samples after ``skip_samples``) for spans of ``span_rows`` rows.
+
+    A part of the first ``known`` of these samples exists: their own fingerprint tells whether the corpus only grew.
 
     The scan tokenizes only if the number of rows depends on it (``overlong`` is ``window`` or ``error``), if the
     tokenizer has tokens that the model's embedding lacks, or with ``tokenize``. ``learning`` sees every sample. A note
@@ -157,7 +161,7 @@ def plan_corpus(
     # Without an id field, ids are places in the corpus, which do not repeat.
     ids = None if corpus.resolved.id is None else RepeatedIds()
     kept = KeptScan(corpus) if corpus.keep else None
-    sample_scan = SampleScan(corpus.samples(), max_rows=max_samples)
+    sample_scan = SampleScan(islice(corpus.samples(), skip_samples, None), max_rows=max_samples, known=known)
     table, tokens = _TableBuilder(span_rows), 0
     with closing(progress.task("scanning corpus", None)) as task:
         samples = _checked(counted(sample_scan, task), tokenizer, ids, learning, kept)
@@ -171,7 +175,8 @@ def plan_corpus(
     scan = sample_scan.finish()
     if not scan.rows:
         of = "" if corpus.domains is None else f" of {', '.join(map(repr, sorted(corpus.domains)))}"
-        raise CorpusError(f"{corpus.source}: has no rows{of}")
+        beyond = f" beyond the first {skip_samples:,}, which `skip_samples` leaves out" if skip_samples else ""
+        raise CorpusError(f"{corpus.source}: has no rows{of}{beyond}")
     repeated_ids = None if ids is None else ids.count()
     if words := repeated_words(repeated_ids):
         progress.note(f"{corpus.source}: {words}")

@@ -24,6 +24,7 @@ from ghoststore.checkpoint.load import (
 )
 from ghoststore.checkpoint.same_model import checkpoint_section, refuse_incomplete
 from ghoststore.corpus import Corpus, Fields, ResolvedFields, open_corpus, part_word
+from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.settings.build import BuildOptions
 from ghoststore.software import versions_of
@@ -33,7 +34,8 @@ from ghoststore.store.base.object_path import location
 from ghoststore.store.base.writable import check_writable
 from ghoststore.store.spans.soundness import refuse_damaged, refuse_damaged_spans
 from indexer.build.kept_fields import checked_names
-from indexer.encode.pairs import tokenizer_for
+from indexer.build.like import fields_like, part_like
+from indexer.encode.pairs import loss_definition, tokenizer_for
 from indexer.encode.tokens import TAKEN, Tokenizer, TokenSettings, longest_row
 from indexer.projection.adam import learning_rate_of
 
@@ -55,16 +57,27 @@ class BuildInputs:
     device: str
     batch_tokens: int
     tokens: TokenSettings
+    like: Part | None = None
+    """The part whose projection and settings this one shares."""
     repairing: bool = False
     """Whether ``existing`` is being repaired: its own scales are then used, whatever else it has lost."""
 
     @cached_property
     def identity(self) -> Manifest:
         """The sections of the manifest that identify the model and the tokenizer."""
-        stored = None if self.existing is None else self.existing.manifest
+        before = self.existing or self.like
+        stored = None if before is None else before.manifest
         return {
             "checkpoint": checkpoint_section(self.checkpoint.identity(), self.model, stored),
             "tokenizer": self.tokenizer.identity,
+        }
+
+    @property
+    def loss(self) -> Manifest:
+        """The section of the manifest that says what is differentiated."""
+        return {
+            "definition": loss_definition(self.model),
+            "reduction": self.options.loss_reduction,
         }
 
     def description(self) -> Manifest:
@@ -72,6 +85,7 @@ class BuildInputs:
         options, checkpoint, state = self.options, self.checkpoint, self.options.optimizer_state
         in_memory = isinstance(checkpoint, LoadedCheckpoint)
         base = None if isinstance(checkpoint, Checkpoint) else checkpoint.recorded_base
+        like = None if self.like is None else {"part": self.like.name, "hash": self.like.manifest["projection"]["hash"]}
         return {
             "source": {
                 "checkpoint": checkpoint.recorded,
@@ -81,6 +95,7 @@ class BuildInputs:
                 "optimizer_state": None if state is None else str(Path(state).resolve()),
                 "learning_rate": None if in_memory else learning_rate_of(checkpoint.folder),
                 **({} if base is None else {"base": base}),
+                **({} if like is None else {"like": like}),
             },
             "compute": {
                 "device": torch.device(self.device).type,
@@ -96,7 +111,7 @@ def part_name(options: BuildOptions) -> str:
     """The name of the part, given or made of those of checkpoint and corpus."""
     if options.name:
         return check_name(options.name)
-    checkpoint = find_checkpoint(options.checkpoint, base=options.base, adapter=options.adapter)
+    checkpoint = find_checkpoint(options.model, base=options.base, adapter=options.adapter)
     return safe_name(checkpoint.name, part_word(options.data))
 
 
@@ -111,18 +126,21 @@ def open_inputs(
     unless it is ``repaired``: of its committed spans those that ``checked`` names by their number, by default all, are
     read for that.
     """
-    device = resolve_device(options.device, options.checkpoint)
-    checkpoint = find_checkpoint(options.checkpoint, base=options.base, adapter=options.adapter)
+    device = resolve_device(options.device, options.model)
+    checkpoint = find_checkpoint(options.model, base=options.base, adapter=options.adapter)
     given = options.tokenizer
     text_tokenizer = load_tokenizer(checkpoint.tokenizer_folder if given is None else find_tokenizer(given))
     name = check_name(options.name) if options.name else safe_name(checkpoint.name, part_word(options.data))
     Store.refuse_others(location(options.store))
+    like = None if options.like is None else part_like(options)
+    if like is not None and like.name == name:
+        raise UsageError(f"`name` is {name!r}, that of the part that the new one is like: give another `name`")
     existing = repaired or existing_part(options.store, name, progress, checked)
     if existing is not None:
         refuse_incomplete(existing)
     if not options.dry_run and not (existing is not None and existing.complete):
         check_writable(location(options.store) / "parts" if existing is None else existing.path)
-    with open_corpus(options.data, _fields(options, repaired), progress) as corpus:
+    with open_corpus(options.data, _fields(options, repaired, like), progress) as corpus:
         corpus = corpus.keeping(checked_names(options.keep_fields, corpus))
         model = load_model(
             checkpoint,
@@ -131,13 +149,14 @@ def open_inputs(
             attn_implementation=options.attn_implementation,
             encoder_decoder=True,
         )
+        before = existing or like
         tokenizer = tokenizer_for(
             model,
             text_tokenizer,
             note=progress.note,
             # The date in the rows that exist, so that a build that continues on another day makes the same tokens.
             takes_ids=given is not None,
-            template_date=corpus.template_date if existing is None else existing.manifest["tokens"]["template_date"],
+            template_date=corpus.template_date if before is None else before.manifest["tokens"]["template_date"],
         )
         max_length = longest_row(model, options.max_length)
         corpus.cut_stream(max_length)
@@ -158,13 +177,16 @@ def open_inputs(
                 overlong=options.overlong,
                 template_date=tokenizer.template_date,
             ),
+            like=like,
             repairing=repaired is not None,
         )
 
 
-def _fields(options: BuildOptions, repaired: Part | None) -> Fields | ResolvedFields:
+def _fields(options: BuildOptions, repaired: Part | None, like: Part | None) -> Fields | ResolvedFields:
     if repaired is not None:
         return ResolvedFields.from_json(repaired.manifest["corpus"]["fields"])
+    if like is not None and options.fields is None:
+        return fields_like(like, options.data)
     return options.fields or Fields()
 
 

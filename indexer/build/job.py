@@ -23,8 +23,8 @@ from indexer.build.calibrate import calibrate
 from indexer.build.corpus_plan import CorpusPlan, LearningSample, plan_corpus, planned_as
 from indexer.build.inputs import BuildInputs
 from indexer.build.kept_fields import refuse_other_fields
+from indexer.build.like import kept_like, refuse_unlike
 from indexer.build.model_check import ROWS_LOOKED_AT, ModelCheck
-from indexer.encode.pairs import loss_definition
 from indexer.encode.tokens import Row, rows_of
 from indexer.projection.adam import SideScales, flat, read_scales, scales_digest
 from indexer.projection.matrices import Projection
@@ -65,16 +65,14 @@ class BuildJob:
                 "fingerprint": scan.fingerprint,
                 "samples": scan.rows,
                 "max_samples": options.max_samples,
+                **({"skip_samples": options.skip_samples} if options.skip_samples else {}),
                 "domains": scan.domains,
                 "repeated_ids": self.plan.repeated_ids,
                 "fields": self.inputs.corpus.resolved.to_json(),
                 **({} if self.plan.kept_fingerprint is None else {"kept_fingerprint": self.plan.kept_fingerprint}),
             },
             "tokens": asdict(self.inputs.tokens),
-            "loss": {
-                "definition": loss_definition(self.inputs.model),
-                "reduction": options.loss_reduction,
-            },
+            "loss": self.inputs.loss,
             "projection": {
                 **plan.to_json(),
                 "hash": None if self.projection is None else self.projection.hash,
@@ -99,7 +97,8 @@ def plan_job(inputs: BuildInputs, progress: Progress, *, joining: bool = False) 
 
     A worker that is ``joining`` a part that exists does not scan the corpus where the part says enough.
     """
-    options, model, existing = inputs.options, inputs.model, inputs.existing
+    options, model, existing, like = inputs.options, inputs.model, inputs.existing, inputs.like
+    before = existing or like
     config = (options.projection or ProjectionConfig()).for_build(optimizer_state=options.optimizer_state is not None)
     if options.optimizer_state is not None and config.preconditioned:
         raise UsageError(
@@ -118,26 +117,31 @@ def plan_job(inputs: BuildInputs, progress: Progress, *, joining: bool = False) 
             inputs.tokens,
             # The size of spans does not depend on the number of rows, which only the scan will tell.
             span_rows=_layout(inputs, plan, sys.maxsize).span_rows,
+            skip_samples=options.skip_samples,
             max_samples=options.max_samples,
+            known=0 if existing is None else int(existing.manifest["corpus"]["samples"]),
             tokenize=options.dry_run,
             learning=learning,
             progress=progress,
         )
-    layout = _layout(inputs, plan, corpus_plan.rows, corpus_plan.fields)
+    fields = corpus_plan.fields if like is None else kept_like(like, corpus_plan.fields)
+    layout = _layout(inputs, plan, corpus_plan.rows, fields)
     scales: Mapping[str, SideScales] | None = None
-    if inputs.repairing and existing is not None:
+    if like is not None and options.optimizer_state is None:
+        scales = scales_of(like, plan)
+    elif inputs.repairing and existing is not None:
         scales = scales_of(existing, plan)
     elif options.optimizer_state is not None:
         scales = read_scales(options.optimizer_state, model, [layer.block for layer in plan.layers])
     learning_seconds = 0.0
-    if learning is not None and existing is not None:
-        plan = calibrated_as(existing, plan)
+    if learning is not None and before is not None:
+        plan = calibrated_as(before, plan)
     elif learning is not None and not options.dry_run:
         began = time.perf_counter()
         plan = _learned(inputs, plan, learning, scales, padding, progress)
         learning_seconds = time.perf_counter() - began
     drawable = plan.calibration is not None or learning is None
-    return BuildJob(
+    job = BuildJob(
         inputs=inputs,
         projected=plan,
         projection=Projection(plan, scales) if drawable else None,
@@ -147,6 +151,9 @@ def plan_job(inputs: BuildInputs, progress: Progress, *, joining: bool = False) 
         padding=padding,
         learning_seconds=learning_seconds,
     )
+    if like is not None:
+        refuse_unlike(like, job.manifest, layout, learned=True)
+    return job
 
 
 def _supported(inputs: BuildInputs, config: ProjectionConfig, progress: Progress) -> tuple[ProjectionPlan, bool]:
@@ -165,6 +172,8 @@ def _supported(inputs: BuildInputs, config: ProjectionConfig, progress: Progress
             if existing is not None:  # refused before the corpus is read, which takes longer
                 _refuse_other(existing, plan, inputs.identity)
                 refuse_other_fields(existing, inputs.corpus.keep)
+            elif inputs.like is not None:
+                _refuse_unlike(inputs, inputs.like, plan)
             padding = _may_pad(inputs, plan, progress)
         except (LayerError, CaptureError) as error:
             more = [name for name in error.unsupported if name not in left_out]
@@ -193,12 +202,29 @@ def _refuse_other(part: Part, plan: ProjectionPlan, identity: Manifest) -> None:
     )
 
 
+def _refuse_unlike(inputs: BuildInputs, like: Part, plan: ProjectionPlan) -> None:
+    """What :func:`refuse_unlike` refuses, as far as it is known before the corpus is read."""
+    kept = tuple(KeptField(name=name, type="string") for name in inputs.corpus.keep)  # their types tells the scan
+    layout = _layout(inputs, plan, sys.maxsize, kept)
+    wanted = {
+        **inputs.identity,
+        "tokens": asdict(inputs.tokens),
+        "loss": inputs.loss,
+        "dtype": {"model": inputs.options.model_dtype},
+        "projection": plan.to_json(),
+        "layers": plan.layers_json(),
+        "storage": layout.to_json(),
+    }
+    refuse_unlike(like, wanted, layout, learned=False)
+
+
 def _may_pad(inputs: BuildInputs, plan: ProjectionPlan, progress: Progress) -> bool:
     """Whether rows of different lengths may share a batch. CaptureError for a model that no part can be built from."""
     options, tokens, existing = inputs.options, inputs.tokens, inputs.existing
     if existing is not None and existing.complete:  # nothing will be computed
         return bool(existing.manifest["batching"]["padding"])
-    rows = rows_of(islice(inputs.corpus.samples(), options.max_samples), inputs.tokenizer, tokens)
+    samples = islice(islice(inputs.corpus.samples(), options.skip_samples, None), options.max_samples)
+    rows = rows_of(samples, inputs.tokenizer, tokens)
     # The first usable rows, however far they are from the beginning of the corpus.
     usable = list(islice((row for row in rows if row.status.usable), ROWS_LOOKED_AT))
     padding = ModelCheck(
@@ -211,6 +237,8 @@ def _may_pad(inputs: BuildInputs, plan: ProjectionPlan, progress: Progress) -> b
         checkpointing=options.gradient_checkpointing,
         note=progress.note,
     ).run()
+    if inputs.like is not None:
+        padding &= bool(inputs.like.manifest["batching"]["padding"])
     if not padding:
         progress.note(
             f"padding changes what {type(inputs.model).__name__} makes of a row: only rows of one length share a batch"

@@ -53,8 +53,8 @@ from ghoststore.store.verify import Damage, Examination, Owner
 from indexer.build.build import refuse_other_build
 from indexer.build.inputs import open_inputs
 from indexer.build.job import BuildJob, plan_job
+from indexer.build.like import settings_as_built
 from indexer.build.spans import compute_spans
-from indexer.projection.stored import config_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,7 +322,6 @@ class _Repair:
     def _build_options(self, part: Part, *, learn: bool) -> BuildOptions:
         """The options that the part was built with, and the paths that the user gave."""
         manifest, user_options, whose = part.manifest, self._options, f"part {part.name!r}"
-        storage, compute = manifest["storage"], manifest["compute"]
         checkpoint = source_path(manifest, "checkpoint", whose, "checkpoint", user_options.checkpoint)
         data = source_path(manifest, "data", whose, "data", user_options.data)
         if checkpoint is None or data is None:
@@ -339,21 +338,12 @@ class _Repair:
             data=data,
             store=part.path.parent.parent,
             name=part.name,
-            max_length=manifest["tokens"]["max_length"],
-            overlong=manifest["tokens"]["overlong"],
+            skip_samples=manifest["corpus"].get("skip_samples", 0),
             max_samples=manifest["corpus"]["max_samples"],
-            batch_tokens=manifest["batching"]["batch_tokens"],
-            span_rows=storage["span_rows"],
-            store_text=storage["store_text"],
-            keep_fields=tuple(field.name for field in part.layout.fields),
-            loss_reduction=manifest["loss"]["reduction"],
-            model_dtype=manifest["dtype"]["model"],
-            attn_implementation=compute["attn_implementation"],
-            gradient_checkpointing=compute["gradient_checkpointing"],
-            proj_dtype=storage["dtype"],
-            projection=config_of(manifest["projection"], manifest["layers"]),
+            like=manifest["source"]["like"]["part"] if learn and "like" in manifest["source"] else None,
             optimizer_state=manifest["source"]["optimizer_state"] if learn and is_own(manifest) else None,
             device=user_options.device,
+            **settings_as_built(part),
         )
 
 

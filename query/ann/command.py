@@ -26,9 +26,11 @@ from ghoststore.store.part.indexes import (
     read_manifest,
 )
 from ghoststore.store.part.metric import metric_for
+from ghoststore.store.part.part import OF_UNION
 from query.ann.build import Plan, build_index
 from query.ann.engine import check_device, load_faiss
 from query.search.part_score import Metric
+from query.search.parts import named_parts, part_names
 
 FRONT_DIMENSION = 1024
 FRONT_FROM = 2 * FRONT_DIMENSION
@@ -59,7 +61,8 @@ class IndexReport:
 
 @takes(IndexOptions)
 def index(options: IndexOptions) -> IndexReport:
-    """Build a FAISS index of the committed rows of a part, unless a current one with these settings exists.
+    """Build a FAISS index of the committed rows of a part, or of several that are ranked as one, unless a current one
+    with these settings exists.
 
     ``factory`` is a FAISS factory string; the default depends on the number of rows and on the dimension. Vectors of
     more than 2,048 numbers are first sketched to 1,024; ``dimension`` gives another number, or ``none`` for no sketch.
@@ -76,7 +79,7 @@ def index(options: IndexOptions) -> IndexReport:
         raise UsageError(f"`target_recall` must be above 0 and at most 1, not {options.target_recall}")
     load_faiss()
     check_device(options.device)
-    part = Store.open(options.store).part(options.part)
+    part = _part(options, progress)
     metric = metric_for(options.metric, [part])
     plan = _plan(part, options.factory, metric, options.name, options.dimension, options.target_recall, options.device)
     manifest = None if options.rebuild else existing(part, plan, progress)
@@ -93,6 +96,20 @@ def index(options: IndexOptions) -> IndexReport:
     return IndexReport(store=str(options.store), part=part.name, name=plan.name, built=built, manifest=manifest)
 
 
+def _part(options: IndexOptions, progress: Progress) -> Part:
+    """The part to index, or the union of several. UsageError for several that are summed."""
+    names = part_names(options.part)
+    if len(names) == 1:
+        return Store.open(options.store).part(names[0])
+    part, *others = named_parts(options.store, options.part, progress)
+    if others:
+        shown = ", ".join(repr(part.name) for part in (part, *others))
+        raise UsageError(
+            f"an index is of one part, or of parts that are ranked as one; {shown} are summed. Index each of them"
+        )
+    return part
+
+
 def _plan(
     part: Part, factory: str | None, metric: Metric, name: str | None, dimension: Dimension, target: float, device: str
 ) -> Plan:
@@ -100,8 +117,11 @@ def _plan(
     if factory is None:
         factory = choose_factory(int(part.usable().sum()), front_dimension, device)
     dimension_label = [] if dimension == "auto" else [str(dimension)]
+    chosen = safe_name(metric, factory, *dimension_label) if name is None else name.removesuffix(part.tag)
+    if OF_UNION.fullmatch(chosen):
+        raise UsageError(f"`name={chosen}`: names of indexes over several parts end like this; give another")
     return Plan(
-        name=safe_name(metric, factory, *dimension_label) if name is None else check_name(name, "index"),
+        name=check_name(chosen + part.tag, "index"),
         factory=factory,
         metric=metric,
         front_dimension=front_dimension,

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.store import Part
 from ghoststore.store.base.own import is_own_digest
+from ghoststore.store.part.build_command import flags_of
 from ghoststore.store.part.index_manifest import IndexManifest
 from ghoststore.store.part.indexes import (
     check_coverage,
     damage_of,
     index_folder,
-    index_names,
+    own_index_names,
     read_manifest,
 )
 from query.ann.engine import Engine, check_device
@@ -50,7 +51,7 @@ class AnnIndex:
         ``ghoststore index`` builds it again.
         """
         check_device(device)
-        name = choose_index(part, metric) if name is None else name
+        name = choose_index(part, metric) if name is None else name.removesuffix(part.tag) + part.tag
         for _ in range(ATTEMPTS):
             manifest = read_manifest(part, name)
             try:
@@ -119,7 +120,7 @@ class AnnIndex:
         if len(terms) != 1:
             raise UsageError(f"an index is of one part, the scores are summed over {len(terms)}{exact}")
         (term,) = terms
-        if term.part.path != self.part.path:
+        if (term.part.path, term.part.name) != (self.part.path, self.part.name):
             raise UsageError(f"index {self.name!r} is of part {self.part.name!r}, not {term.part.name!r}{exact}")
         if term.metric != self.manifest.metric:
             raise UsageError(
@@ -147,23 +148,24 @@ def refuse_foreign(part: Part, name: str, manifest: IndexManifest) -> None:
     if not is_own_digest(manifest.digest):
         raise UsageError(
             f"index {name!r} of part {part.name!r} was not built by you on this machine: FAISS reads whatever its file "
-            f"points to, so one from elsewhere is not opened. `ghoststore index --part {part.name} --name {name} "
+            f"points to, so one from elsewhere is not opened. `ghoststore index {flags_of(part.members)} --name {name} "
             f"--metric {manifest.metric} --factory {manifest.factory} --rebuild` builds it here, or use `index=exact`"
         )
 
 
 def choose_index(part: Part, metric: Metric | None) -> str:
     """The name of the only index of ``part``, or of the only one for ``metric``. UsageError otherwise."""
-    names = [name for name in index_names(part) if metric is None or read_manifest(part, name).metric == metric]
+    own = own_index_names(part)
+    names = [name for name in own if metric is None or read_manifest(part, name).metric == metric]
     if len(names) == 1:
         return names[0]
     wanted = "index" if metric is None else f"index for `metric={metric}`"
     if not names:
-        command, others, other = f"ghoststore index --part {part.name}", index_names(part), ""
+        command, other = f"ghoststore index {flags_of(part.members)}", ""
         if metric is not None:
-            command = f"ghoststore index --part {part.name} --metric {metric}"
-        if others:
-            other = f", or give `metric={read_manifest(part, others[0]).metric}`, which it has one for"
+            command = f"ghoststore index {flags_of(part.members)} --metric {metric}"
+        if own:
+            other = f", or give `metric={read_manifest(part, own[0]).metric}`, which it has one for"
         raise UsageError(f"part {part.name!r} has no {wanted}; `{command}` makes one{other}")
     raise UsageError(f"part {part.name!r} has more than one {wanted}; choose with `index_name`: {', '.join(names)}")
 

@@ -48,7 +48,20 @@ class CheckedRows:
         CorruptError, with the name of the chunk, for a row that differs from what was indexed.
         """
         entries = self.table[np.asarray(places, dtype=np.int64)]
-        rows, digests = entries["row"].tolist(), entries["digest"].tolist()
+        vectors_RD = np.empty((len(entries), self.part.layout.dimension), dtype=np.float32)
+        for part, at, rows in self.part.located(entries["row"]):
+            vectors_RD[at] = _PartRows(part).read(rows.tolist(), entries["digest"][at].tolist())
+        return torch.from_numpy(vectors_RD)
+
+
+class _PartRows:
+    """Rows of one part."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+
+    def read(self, rows: list[int], digests: list[int]) -> NDArray[np.float32]:
+        """(R, D): ``rows``, each compared with its digest."""
         encoding = self.part.encoding
         scale = self._stored("scale", rows) if encoding.scaled else None
         vectors_RD = np.asarray(encoding.decode(self._stored("vectors", rows), scale, self.part.groups))
@@ -58,7 +71,7 @@ class CheckedRows:
                     f"{self._chunk(row)}: row {row} is not what was indexed; `ghoststore verify` tells whether the "
                     "chunk or the index is damaged"
                 )
-        return torch.from_numpy(vectors_RD)
+        return vectors_RD
 
     def _chunk(self, row: int, array: str = "vectors") -> Path:
         (key,) = chunk_keys(self.part.spec(array), row, row + 1)

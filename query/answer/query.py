@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import part_of, takes
 from ghoststore.settings.question import QueryOptions
+from ghoststore.store import Part
 from ghoststore.store.part.fidelity import read_fidelity
 from ghoststore.store.part.metric import metric_for
 from query.ann.index import AnnIndex, refuse_lengths
@@ -27,7 +29,8 @@ from query.ask.second_stage import Reranking
 from query.ask.unit import unit_of
 from query.common.output import check_output
 from query.common.texts import corpus_behind
-from query.search.parts import note_repeated, open_parts, part_names
+from query.search.parts import named_parts, note_repeated, weights_of
+from query.search.unions import refuse_united
 
 
 @takes(QueryOptions)
@@ -54,9 +57,10 @@ def query(options: QueryOptions) -> QueryResult:
     ranking is then ``combined``, over all groups: by the ``mean`` or the ``max`` of a row's scores over the groups, or
     by ``rank-fusion`` (reciprocal ranks). ``combine`` says which.
 
-    ``part`` may name several parts: builds of the same rows at successive checkpoints. The score is the weighted sum of
-    their scores (TracIn, LESS). ``part_weights`` is ``learning-rate`` (of each checkpoint, the default), ``equal``, or
-    one number for each part.
+    ``part`` may name several parts. Builds of other rows at one checkpoint, with one projection
+    (``ghoststore.build(like=…)``), are ranked as one part. Of builds of the same rows at successive checkpoints the
+    score is the weighted sum of their scores (TracIn, LESS); both may be combined. ``part_weights`` is
+    ``learning-rate`` (of each checkpoint, the default), ``equal``, or one number for each checkpoint.
 
     ``precondition="second-moment"`` scores with qᵀ (H + λI)⁻¹ g. H is the second moment of the part's rows in each
     block, and λ = ``damping`` (default 0.1) × the mean eigenvalue of H. The cosine is then that of this metric. H is
@@ -114,13 +118,9 @@ def answer(options: QueryOptions, opened: OpenedModel | None = None) -> QueryRes
     if options.index_name is not None and options.index == "exact":
         raise UsageError("`index_name` belongs to `index=ann`")
     question = part_of(Question, options)
-    if options.index == "ann":
-        _refuse_index(question)
     how = part_of(Reranking, options)
     if how.rerank is not None:
         refuse_rerank(question, how, options.top_k, options.bottom_k)
-    if options.tokens:
-        refuse_tokens(question, how)
     settings = {"index": options.index, "top_k": options.top_k, "bottom_k": options.bottom_k}
     settings |= {"tokens": True} if options.tokens else {}
     return _answer(question, settings, how, options.index_name, options.text, page, progress, opened)
@@ -138,9 +138,16 @@ def _answer(
 ) -> QueryResult:
     """The answer to ``question``. ``settings`` say how rows are ranked: index, top_k, bottom_k; ``how``, how anew."""
     counts = (settings["top_k"], settings["bottom_k"])
-    parts, weights = open_parts(question.store, question.part, question.part_weights, progress)
+    parts = named_parts(question.store, question.part, progress)
+    if settings["index"] == "ann":
+        _refuse_index(question, parts)
+    if "tokens" in settings:
+        refuse_tokens(question, how, parts)
+    if question.data is not None:
+        refuse_united(parts, "`data`")
     metric, ann = metric_for(question.metric, parts), None
-    refuse_part(how, parts[0], metric)
+    refuse_part(how, parts, metric)
+    weights = weights_of(parts, question.part_weights)
     if "tokens" in settings:
         refuse_pairs(parts[0])
     if settings["index"] == "ann":
@@ -149,7 +156,8 @@ def _answer(
         ann = AnnIndex.open(parts[0], index_name, metric=metric, device=resolve_device(question.device))
         settings = {**ann.settings(), **settings}
     if how.rerank is not None or "tokens" in settings:
-        corpus_behind(parts[0], question.data)  # it can be read: found out before a model is loaded
+        for part in parts[0].members:
+            corpus_behind(part, question.data)  # it can be read: found out before a model is loaded
     recomputes = page is not None and parts[0].sketched_together and recomputable(question, len(parts))
     with (
         question.opened_val_set(progress) as corpus,
@@ -190,13 +198,12 @@ def _answer(
     return result
 
 
-def _refuse_index(question: Question) -> None:
+def _refuse_index(question: Question, parts: Sequence[Part]) -> None:
     """UsageError for scores that no index can give. It comes before any work, so that nobody builds an
     index in vain.
     """
-    parts = len(part_names(question.part))
-    if parts > 1:
-        raise UsageError(f"an index is of one part, the scores are summed over {parts}; use `index=exact`")
+    if len(parts) > 1:
+        raise UsageError(f"an index is of one part, the scores are summed over {len(parts)}; use `index=exact`")
     needs_all = {
         "`with_scores`": question.with_scores is not None,
         "`lexical`": question.lexical is not None,
@@ -210,11 +217,12 @@ def fidelity_settings(scorer: Scorer, progress: Progress) -> dict[str, Any] | No
     """What `ghoststore.fidelity` measured for rankings like this one.
 
     None where nothing was measured, and where the score is of another kind than measured: of some layers, of several
-    parts, preconditioned, blended, or of a difference.
+    parts (summed or united), preconditioned, blended, or of a difference.
     """
     question = scorer.question
     plain = question.precondition == "none" and not scorer.mixed and scorer.terms[0].groups is None
     plain = plain and question.minus is None
+    plain = plain and len(scorer.part.members) == 1
     measured = read_fidelity(scorer.part, scorer.metric) if plain and len(scorer.terms) == 1 else None
     if measured is None or measured.state == "damaged":
         if measured is not None:

@@ -45,6 +45,8 @@ class Hit:
     """The sample's whole text; None where the source is gone or has changed."""
     window_start: int
     """First token of the row in its sample; 0 unless long samples were split."""
+    part: str | None = None
+    """Where several parts are ranked as one: that of the row, whose corpus has it at ``source_row``. Else None."""
     tokens: Sequence[Token] | None = None
     """What each token of the row adds to its similarity; None, as the next two, without ``tokens`` of the question."""
     recomputed: float | None = None
@@ -60,6 +62,8 @@ class Hit:
             product = "similarity"
         if not self.window_start:
             del shown["window_start"]
+        if self.part is None:
+            del shown["part"]
         if self.unit is not None:
             shown = {self.unit if name == product else name: value for name, value in shown.items()}
             shown[self.unit] = nats
@@ -218,6 +222,8 @@ class QueryResult:
         for result in results:
             for hit in (*result["hits"], *result["bottom"]):
                 del hit["unit"]
+                if hit["part"] is None:
+                    del hit["part"]
                 if not self.settings.get("tokens"):
                     _flat(hit)
             if not self.settings.get("bottom_k"):
@@ -230,6 +236,8 @@ class QueryResult:
             for name, hits in (("top", result.hits), ("bottom", result.bottom)):
                 for hit in hits:
                     row = {"query": result.query, "val_row": result.val_row, "list": name, **asdict(hit)}
+                    if hit.part is None:
+                        del row["part"]
                     yield _flat(row)
 
     def write(self, path: str | Path) -> None:
@@ -242,7 +250,9 @@ class QueryResult:
     @property
     def _columns(self) -> dict[str, type]:
         """Of flat rows."""
-        return {"query": str, "val_row": int, "list": str, **columns_of(self._hit, leave_out=(*OF_TOKENS, "unit"))}
+        of_one = () if self.settings.get("united") else ("part",)
+        left_out = (*OF_TOKENS, "unit", *of_one)
+        return {"query": str, "val_row": int, "list": str, **columns_of(self._hit, leave_out=left_out)}
 
     @property
     def _hit(self) -> type[Hit]:
@@ -299,6 +309,7 @@ def hits_of(
     )
     texts = texts_of(part, rows, progress, data) if text else [None] * len(rows)
     names = part.domains
+    homes = {int(at): member for member, ats, _ in part.located(rows) for at in ats}
 
     def hit(query: int, rank: int, row: int, score: np.float64) -> Hit:
         at = place[row]
@@ -306,10 +317,11 @@ def hits_of(
             "rank": rank,
             "score": float(score),
             "id": str(ids[at]),
-            "source_row": int(sources[at]),
+            "source_row": int(sources[at]) - part.first_source_row(homes[at]),
             "domain": names[domains[at]] if domains[at] >= 0 else None,
             "text": texts[at],
             "window_start": int(windows[at]),
+            "part": homes[at].name if len(part.members) > 1 else None,
         }
         if explained is not None:
             of_tokens = explained[query, row]

@@ -29,7 +29,6 @@ from query.ask.encoder import PartEncoder
 from query.ask.question import Question
 from query.ask.scorer import Scorer
 from query.ask.second_stage import Reranking
-from query.search.parts import part_names
 from query.search.search import Ranking
 
 ROWS_AT_ONCE = 64
@@ -78,14 +77,14 @@ Explained = dict[tuple[int, int], HitTokens]
 """By (ranking, row)."""
 
 
-def refuse_tokens(question: Question, how: Reranking) -> None:
+def refuse_tokens(question: Question, how: Reranking, parts: Sequence[Part]) -> None:
     """UsageError for scores that are no product of one row's vector, as the part has them, with one query."""
     if how.rerank is not None and how.rerank_with != "vectors":
         raise UsageError(
             f"`tokens` shows what sums to the product of two vectors of the part, and `rerank_with={how.rerank_with}` "
             "scores by whole gradients: give `rerank_with=vectors`"
         )
-    if len(part_names(question.part)) > 1:
+    if len(parts) > 1:
         raise UsageError("`tokens` shows the tokens of one gradient a row, and several parts have several: give one")
     if question.combine != "mean":
         raise UsageError(

@@ -106,10 +106,10 @@ class PartEncoder:
     ) -> None:
         self._progress = progress or Silent()
         self.model, self._tokenizer = load_for(
-            part, checkpoint, tokenizer, resolve_device(device, checkpoint), base=base
+            part.members[0], checkpoint, tokenizer, resolve_device(device, checkpoint), base=base
         )
         self._tokenizer.note = self._progress.note
-        self._corpus, self._data = corpus, data
+        self._corpora, self._data = {} if corpus is None else {part.name: corpus}, data
         self._project(part, projection_of(part, self.model))
 
     def _project(self, part: Part, projection: Projection) -> None:
@@ -130,7 +130,7 @@ class PartEncoder:
     def for_part(self, part: Part) -> PartEncoder:
         """An encoder with the same model for another ``part``. MismatchError if that part is of another model."""
         encoder = copy(self)
-        encoder._corpus = None
+        encoder._corpora = {}
         encoder._tokenizer = self._tokenizer.at(part.manifest["tokens"]["template_date"])
         encoder._project(part, projection_of(part, self.model))
         return encoder
@@ -294,24 +294,32 @@ class PartEncoder:
 
         UsageError if the corpus is gone, MismatchError for a sample that has changed since the build.
         """
-        if self._corpus is None:
-            self._corpus = corpus_behind(self.part, self._data)
+        of_rows: dict[int, Row] = {}
+        for part, places, own in self.part.located(rows):
+            of_rows.update(zip(places.tolist(), self._rows_of(part, own), strict=True))
+        return [of_rows[place] for place in range(len(rows))]
+
+    def _rows_of(self, part: Part, rows: NDArray[np.int64]) -> list[Row]:
+        """:meth:`source_rows` of the part, or of one of those that it unites."""
+        if part.name not in self._corpora:
+            self._corpora[part.name] = corpus_behind(part, self._data)
+        corpus = self._corpora[part.name]
         columns = ("source_row", "source_file", "source_offset", "window_start", "source_digest")
         digests: dict[int, int] = {}
         places: list[Position] = []
         keys: list[tuple[int, int]] = []
         for source_row, file, offset, window_start, digest in zip(
-            *(map(int, self.part.read_rows(name, rows)) for name in columns), strict=True
+            *(map(int, part.read_rows(name, rows)) for name in columns), strict=True
         ):
             if source_row not in digests:
                 places.append(Position(source_row=source_row, file=file, offset=offset))
             digests[source_row] = digest
             keys.append((source_row, window_start))
-        samples = self._corpus.fetch(places)
+        samples = corpus.fetch(places)
         changed = [row for row, digest in digests.items() if row not in samples or samples[row].digest() != digest]
         if changed:
             raise MismatchError(
-                f"{self._corpus.source} has changed since part {self.part.name!r} was built: {len(changed)} of "
+                f"{corpus.source} has changed since part {part.name!r} was built: {len(changed)} of "
                 f"{len(digests)} samples are not those that were built from, the first at row {min(changed)}. Restore "
                 "the corpus, or build the part anew"
             )

@@ -82,20 +82,25 @@ class PartWords:
 
     def _texts(self, part: Part, data: Data | None, progress: Progress) -> Iterator[str]:
         """The text of each sample that has rows, in order; their places go to ``_documents``."""
+        for member in part.members:
+            yield from self._texts_of(member, part.first_source_row(member), data, progress)
+
+    def _texts_of(self, part: Part, before: int, data: Data | None, progress: Progress) -> Iterator[str]:
+        """Those of a part whose places are counted from ``before`` on."""
         if part.layout.store_text:
             last = -1
             for span in part.spans:
                 places, texts = (part.read(name, *part.layout.span_of(span)) for name in ("source_row", "text"))
                 for place, text in zip(places.tolist(), texts, strict=True):
                     if place != last:
-                        self._documents.append(place)
+                        self._documents.append(before + place)
                         yield str(text)
                     last = place
             return
         try:
             samples = read_unchanged(corpus_behind(part, data), part, progress)
             for sample in samples:
-                self._documents.append(sample.source_row)
+                self._documents.append(before + sample.source_row)
                 yield sample.preview()
         except MismatchError:
             raise

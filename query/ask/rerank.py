@@ -9,7 +9,7 @@ Legend: Q queries, M candidates of a query, D numbers of a vector.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,6 @@ from query.ask.question import Question
 from query.ask.scorer import Scorer
 from query.ask.second_stage import Reranking, exact_scores
 from query.search.part_score import Metric
-from query.search.parts import part_names
 from query.search.search import Ranking
 
 BYTES_AT_ONCE = 64 << 20
@@ -42,7 +41,6 @@ def refuse_rerank(question: Question, how: Reranking, top_k: int, bottom_k: int)
             "`precondition` out, and query a part that was built with `precondition=kronecker`, the default"
         )
     unfit = {
-        "several parts": len(part_names(question.part)) > 1,
         "`with_scores`": question.with_scores is not None,
         "`lexical`": question.lexical is not None,
         f"`combine={question.combine}`": question.combine != "mean",
@@ -55,10 +53,16 @@ def refuse_rerank(question: Question, how: Reranking, top_k: int, bottom_k: int)
             )
 
 
-def refuse_part(how: Reranking, part: Part, metric: Metric) -> None:
-    """UsageError for a second stage that ``part``, or its model, does not fit, or that gives no ``metric``, which is
-    the question's or the part's own.
+def refuse_part(how: Reranking, parts: Sequence[Part], metric: Metric) -> None:
+    """UsageError for a second stage over several checkpoints, for one that the part, or its model, does not fit, or
+    that gives no ``metric``, which is the question's or the part's own.
     """
+    part = parts[0]
+    if how.rerank is not None and len(parts) > 1:
+        raise UsageError(
+            "`rerank` scores rows by one product with each query; it cannot be used with several parts that are "
+            "summed: name those of one checkpoint"
+        )
     if how.rerank_with == "ekfac" and part.manifest["projection"]["precondition"] == "none":
         raise UsageError(
             f"`rerank_with=ekfac` measures the eigenvalues of K-FAC's factors, and part {part.name!r} has none: give "

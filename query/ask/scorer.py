@@ -36,6 +36,7 @@ from query.search.part_score import Metric, Term
 from query.search.parts import choose_groups
 from query.search.search import Ranking, search, shared_spans, similarities
 from query.search.second_moment import DampedInverse, checked_damping
+from query.search.unions import refuse_united
 
 FUSION_CONSTANT = 60.0
 """Reciprocal rank fusion (Cormack, Clarke, Büttcher 2009): the score of a row is Σ over groups of 1 / (60 +
@@ -70,6 +71,7 @@ def open_scorer(
     chosen = chosen_rows(parts, question.where, progress)
     run = None
     if question.with_scores is not None:
+        refuse_united(parts, "`with_scores`")
         scored = Store.open(question.store).run(question.with_scores)
         run = values_of_rows(parts[0], scored, question.weight, progress, data=question.data)
     words = None if question.lexical is None else PartWords(parts[0], question.data, progress)
@@ -356,7 +358,8 @@ class Scorer:
         preconditioned = {"precondition": question.precondition, "damping": checked_damping(question.damping)}
         groups = {"group_field": question.group_field, "combine": question.combine, "groups": self.val.rows_of}
         return {
-            "part": self.part.name,
+            "part": self.part.members[0].name,
+            **({} if len(self.part.members) == 1 else {"united": [member.name for member in self.part.members]}),
             **(several if len(parts) > 1 else {}),
             "val_set": source_name(question.val_set),
             "val_rows": self.val.used,

@@ -80,7 +80,7 @@ class Unit:
         share = float(np.concatenate(usable).mean()) if spans else 0.0
         if not share:
             return None
-        rows, directions = round(part.layout.rows * share), one_bit * float(np.concatenate(squares).mean())
+        rows, directions = round(part.planned_rows * share), one_bit * float(np.concatenate(squares).mean())
         targets = np.maximum(np.concatenate(tokens).astype(np.float64) - 1, 1)  # the first token is no target
         of_row = 1.0 if part.manifest["loss"]["reduction"] == "sum" else 1 / float((1 / targets).mean())
         factor = gain / (of_row * (rows + directions))

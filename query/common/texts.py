@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ghoststore.corpus import Corpus, Position, ResolvedFields, source_name
+from ghoststore.corpus.joined import JoinedCorpora
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.settings.shared import Data
@@ -20,6 +21,11 @@ def texts_of(source: Part | Run, rows: Sequence[int], progress: Progress, data: 
     """
     if not rows:
         return []
+    if isinstance(source, Part) and len(source.members) > 1:
+        of_rows: dict[int, str | None] = {}
+        for part, at, own in source.located(rows):
+            of_rows.update(zip(at.tolist(), texts_of(part, own.tolist(), progress, data), strict=True))
+        return [of_rows[place] for place in range(len(rows))]
     if isinstance(source, Part) and source.layout.store_text:
         if data is not None:
             progress.note(
@@ -53,6 +59,14 @@ def texts_of(source: Part | Run, rows: Sequence[int], progress: Progress, data: 
             f"was {source.kind.made}"
         )
     return texts
+
+
+def corpora_behind(source: Part | Run, data: Data | None = None) -> Corpus | JoinedCorpora:
+    """:func:`corpus_behind`; of a union those of all its parts, joined. UsageError if these are of different forms."""
+    if not isinstance(source, Part) or len(source.members) == 1:
+        return corpus_behind(source, data)
+    corpora = [corpus_behind(part) for part in source.members]
+    return JoinedCorpora(corpora, [source.first_source_row(part) for part in source.members])
 
 
 def corpus_behind(source: Part | Run, data: Data | None = None) -> Corpus:

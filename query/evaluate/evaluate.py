@@ -32,6 +32,7 @@ from query.evaluate.tail_patch import TailPatch, TailPatches
 from query.evaluate.task import Scored, Task
 from query.evaluate.trainings import By, losses_of
 from query.search.parts import note_repeated, open_parts
+from query.search.unions import refuse_united
 
 TESTS = ("lds", "removal", "tail-patch")
 
@@ -99,6 +100,7 @@ def _evaluate(options: EvaluateOptions) -> EvaluateReport:
     progress = options.progress or Silent()
     device = resolve_device(options.device)
     parts, weights = open_parts(options.store, options.part, options.part_weights, progress)
+    refuse_united(parts, "an evaluation")
     task = _task(options, parts[0], device, progress)
     workers = options.workers
     if workers is None and options.engine is None:

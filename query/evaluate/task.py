@@ -122,7 +122,7 @@ class Task:
             with open_corpus(val_set, fields) as val_corpus:  # refused before the corpus is read, which takes longer
                 val_corpus.cut_stream(encoder.max_length)
                 encoder.refuse_beyond(islice(val_corpus.samples(), max_val_samples))
-        deque(read_unchanged(corpus, part, progress), maxlen=0)
+        deque(read_unchanged(corpus, part, progress, grown=False), maxlen=0)
         scanned = part.manifest["corpus"]
         path = source_path(part.manifest, "checkpoint", f"part {part.name!r}", "checkpoint", behind.checkpoint)
         assert path is not None

@@ -37,7 +37,7 @@ class PartCache:
     """The entry ``name`` of the cache of ``part``."""
 
     def __init__(self, part: Part, name: str, progress: Progress) -> None:
-        self.part, self.name, self.progress = part, name, progress
+        self.part, self.name, self.progress = part, name + part.tag, progress
         self.folder = part.caches / FOLDER
         self.covers = part.fingerprint()
 

@@ -1,6 +1,8 @@
-"""The parts and layers that a query searches: one part, or several of the same rows at successive checkpoints.
+"""The parts and layers that a query searches: one part, a union of parts of several corpora, or several of the same
+rows at successive checkpoints.
 
-With several parts the score is a sum over checkpoints, weighted by their learning rates: of inner products (TracInCP,
+Parts of one checkpoint and projection, and of other corpora, are read as one (:mod:`ghoststore.store.part.united`).
+With several checkpoints the score is a sum over them, weighted by their learning rates: of inner products (TracInCP,
 Pruthi et al. 2020, eq. 1) or of cosines (LESS, Xia et al. 2024, eq. 5) of gradients.
 """
 
@@ -18,6 +20,7 @@ from ghoststore.store import Part, Store
 from ghoststore.store.base.manifest import differences
 from indexer.layers import layer_type_by_name
 from indexer.projection.selection import matches
+from query.search.unions import united
 
 SHARED = ("corpus", "tokenizer", "tokens", "loss", "projection", "layers")
 """Sections of the manifest that must be equal for scores of parts to be summed: the same rows, the same projection."""
@@ -29,14 +32,21 @@ learned from the checkpoint's own gradients."""
 def open_parts(
     store: str | Path, names: str | Sequence[str] | None, weights: PartWeights | None, progress: Progress
 ) -> tuple[list[Part], list[float]]:
-    """The parts called ``names`` (None: the only part of the store) and one weight for each.
+    """The parts called ``names`` (None: the only part of the store), those of one checkpoint and several corpora
+    united, and one weight for each.
 
-    The weight of a single part is 1. Several have the learning rates of their checkpoints (the default), 1 each
-    (``equal``), or the numbers given.
+    The weight of a single part, or union, is 1. Several have the learning rates of their checkpoints (the default), 1
+    each (``equal``), or the numbers given.
 
     UsageError for a part named twice, without rows, or without a learning rate; MismatchError if the parts do not have
-    the same rows.
+    the same rows, nor can be united, and for rows that are in two of them.
     """
+    parts = named_parts(store, names, progress)
+    return parts, weights_of(parts, weights)
+
+
+def named_parts(store: str | Path, names: str | Sequence[str] | None, progress: Progress) -> list[Part]:
+    """The parts of :func:`open_parts`, before it is known whether they can be summed where there are several."""
     opened_store, wanted = Store.open(store), part_names(names)
     repeated = sorted({str(name) for name in wanted if wanted.count(name) > 1})
     if repeated:
@@ -51,8 +61,13 @@ def open_parts(
             progress.note(
                 f"part {part.name!r} is not complete: {part.rows:,} of {part.layout.rows:,} rows are searched"
             )
+    return united(parts)
+
+
+def weights_of(parts: Sequence[Part], weights: PartWeights | None) -> list[float]:
+    """One weight for each of ``parts``, see :func:`open_parts`."""
     _refuse_other_rows(parts)
-    return parts, _weights(parts, weights)
+    return _weights(parts, weights)
 
 
 def note_repeated(part: Part, progress: Progress) -> None:
@@ -82,7 +97,8 @@ def _refuse_other_rows(parts: Sequence[Part]) -> None:
             path, value, other_value = unequal[0]
             raise MismatchError(
                 f"parts {first.name!r} and {part.name!r} cannot be summed: {path} is {value!r:.90} in the first and "
-                f"{other_value!r:.90} in the second. Build both from the same corpus with the same projection"
+                f"{other_value!r:.90} in the second. Build both from the same corpus with the same projection; "
+                "parts of several corpora are ranked as one where they have one checkpoint (`ghoststore build --like`)"
             )
         if not set(first.spans) & set(part.spans):
             raise UsageError(f"parts {first.name!r} and {part.name!r} have no committed row in common yet")
@@ -92,7 +108,10 @@ def _weights(parts: Sequence[Part], weights: PartWeights | None) -> list[float]:
     """One weight for each part, from the option ``part_weights``. UsageError for weights that do not fit."""
     if len(parts) == 1:
         if weights is not None:
-            raise UsageError("`part_weights` belongs to several parts: one part has nothing to be weighed against")
+            raise UsageError(
+                "`part_weights` belongs to several parts of the same rows, at several checkpoints: one part, or union, "
+                "has nothing to be weighed against"
+            )
         return [1.0]
     if weights == "equal":
         return [1.0] * len(parts)
@@ -101,7 +120,8 @@ def _weights(parts: Sequence[Part], weights: PartWeights | None) -> list[float]:
     if isinstance(weights, str):
         raise UsageError(f"`part_weights` {weights!r}: give learning-rate, equal, or a number for each part")
     if len(weights) != len(parts):
-        raise UsageError(f"`part_weights` has {len(weights)} numbers for {len(parts)} parts")
+        of = " (one for each checkpoint)" if len(parts[0].members) > 1 else ""
+        raise UsageError(f"`part_weights` has {len(weights)} numbers for {len(parts)} parts{of}")
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
         raise UsageError(f"`part_weights` must be 0 or more and not all 0, not {', '.join(f'{w:g}' for w in weights)}")
     return [float(weight) for weight in weights]

@@ -181,7 +181,7 @@ class DampedInverse:
             cache = PartCache(self.part, f"self_influence-{self.damping!r}", self._progress)
             self._squares = cache.rows((self.part.layout.rows, len(self.part.groups)), self._scan)
             with suppress(OSError):  # the store cannot be written
-                keep_newest(self.part, "self_influence-*", DAMPINGS_KEPT)
+                keep_newest(self.part, f"self_influence-*{self.part.tag}", DAMPINGS_KEPT)
         return self._squares
 
     def _scan(self, squares_NG: NDArray[np.float64]) -> None:

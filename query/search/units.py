@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -62,10 +62,20 @@ class Units:
         widest = max(spec.chunk_bytes // spec.chunk_rows for spec in self._specs)
         self._rows = least * max(1, UNIT_BYTES // (least * widest))
         self._own = threading.local()
+        self._members: dict[str, Units] = {}
+        if len(parts[0].members) > 1:  # of every part as many, which may be cut into other chunks
+            for same in zip(*(part.members for part in parts), strict=True):
+                self._members[same[0].name] = Units(same, products)
 
     def of_span(self, span: int) -> Iterator[Unit]:
         """The units of a committed span, in order. CorruptError for a damaged chunk."""
         first, last = self._parts[0].layout.span_of(span)
+        if self._members:
+            part, own = self._parts[0].home(span)
+            shift = first - part.layout.span_of(own)[0]
+            for unit in self._members[part.name].of_span(own):
+                yield replace(unit, start=unit.start + shift, stop=unit.stop + shift)
+            return
         for start in range(first, last, self._rows):
             stop = min(start + self._rows, last)
             read = [self._read(place, start, stop) for place in range(len(self._parts))]
@@ -81,6 +91,11 @@ class Units:
             yield from self._requested(spans)
             return
         for span in spans:
+            if self._members:
+                home, own = self._parts[0].home(span)
+                deque(self._members[home.name].announced([own]), maxlen=0)
+                yield span
+                continue
             for part, spec in zip(self._parts, self._specs, strict=True):
                 for path, _, _ in chunks_of(part, spec, [span]):
                     _announce(path)

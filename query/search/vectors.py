@@ -166,9 +166,14 @@ class SpanColumn:
 
     def __init__(self, part: Part, name: str) -> None:
         self._part, self._spec = part, part.spec(name)
+        members = part.members if len(part.members) > 1 else ()
+        self._of_members = {member.name: SpanColumn(member, name) for member in members}
 
     def __call__(self, span: int) -> NDArray[Any]:
         """The rows of a committed span, checked, in the stored dtype. CorruptError for a damaged chunk."""
+        if self._of_members:
+            part, own = self._part.home(span)
+            return self._part.seen(self._spec.name, span, self._of_members[part.name](own))
         start, stop = self._part.layout.span_of(span)
         (key,) = self._part.layout.chunk_keys(self._spec, span)
         path = self._part.path / key

@@ -9,6 +9,7 @@ import numpy as np
 
 from ghoststore.corpus import Corpus
 from ghoststore.corpus.export import check_export, write_export
+from ghoststore.corpus.joined import JoinedCorpora
 from ghoststore.corpus.source_rows import SourceRows
 from ghoststore.errors import UsageError
 from ghoststore.settings.question import Order as Order
@@ -52,12 +53,17 @@ class SelectFiles:
         """In the order in which they appear. The report is last: if it is there, so are the others."""
         return self.out, self.rows, self.report
 
-    def check(self, corpus: Corpus) -> None:
+    def check(self, corpus: Corpus | JoinedCorpora) -> None:
         """UsageError unless rows of ``corpus`` can be written to ``out``."""
         check_export(corpus.source, corpus.form, self.out)
 
     def write(
-        self, select_report: SelectReport, corpus: Corpus, places: Places, samples: Samples, chosen: ChosenSamples
+        self,
+        select_report: SelectReport,
+        corpus: Corpus | JoinedCorpora,
+        places: Places,
+        samples: Samples,
+        chosen: ChosenSamples,
     ) -> None:
         """Write all files. Those that a killed call has left are replaced.
 

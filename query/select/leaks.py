@@ -12,12 +12,13 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 from ghoststore.corpus import Sample
 from ghoststore.errors import UsageError
 from ghoststore.settings.question import Leaks as Leaks
+from query.select.samples import Samples
 
 SHINGLE_WORDS = 8
 OVERLAP = 0.5
@@ -39,6 +40,8 @@ class Leak:
     """Place of the val sample in the val set, counted from 0."""
     overlap: float
     """Share of the val sample's shingles that the row holds, 0.5 to 1."""
+    part: str | None = None
+    """Where several parts are ranked as one: the one of the row."""
 
 
 def shingles(text: str) -> Iterable[Shingle]:
@@ -81,6 +84,12 @@ class LeakCheck:
             self.found[sample.source_row] = Leak(sample.id, sample.source_row, *self._vals[-place], overlap)
 
 
+def named(leak: Leak, samples: Samples) -> Leak:
+    """``leak`` with the place in its own corpus, and the part, where there are several."""
+    part, source_row = samples.place_of(leak.source_row)
+    return replace(leak, source_row=source_row, part=part)
+
+
 def refuse(leaks: list[Leak], val_set: str) -> None:
     """UsageError if there are any leaks, for ``leaks=error``."""
     if leaks:
@@ -99,5 +108,12 @@ def report_of(leaks: list[Leak] | None, policy: Leaks) -> dict[str, Any]:
         "shingle_words": SHINGLE_WORDS,
         "least_overlap": OVERLAP,
         "found": None if leaks is None else len(leaks),
-        "rows": [asdict(leak) for leak in (leaks or [])[:SHOWN]],
+        "rows": [_shown(leak) for leak in (leaks or [])[:SHOWN]],
     }
+
+
+def _shown(leak: Leak) -> dict[str, Any]:
+    shown = asdict(leak)
+    if leak.part is None:
+        del shown["part"]
+    return shown

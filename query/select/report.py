@@ -130,9 +130,11 @@ def row_list(samples: Samples, chosen: ChosenSamples, written: NDArray[np.int64]
     ids = samples.ids(written)
     names = [*samples.source.domains, None]
     for place, name in zip(written.tolist(), ids, strict=True):
+        part, source_row = samples.place_of(int(samples.source_row[place]))
         entry = {
             "id": name,
-            "source_row": int(samples.source_row[place]),
+            **({} if part is None else {"part": part}),
+            "source_row": source_row,
             "domain": names[samples.domain[place]],
             "tokens": int(samples.tokens[place]),
             "score": float(samples.score[place]),

@@ -5,6 +5,7 @@ Legend: N rows of the part or run, M samples, C candidates, D numbers of a vecto
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,6 +86,14 @@ class Samples:
     def name(self) -> str:
         """The source, for messages."""
         return f"{self.source.kind.name} {self.source.name!r}"
+
+    def place_of(self, source_row: int) -> tuple[str | None, int]:
+        """(the part, the place in its own corpus) of a sample of several parts; of one part (None, its place)."""
+        if not isinstance(self.source, Part) or len(self.source.members) == 1:
+            return None, source_row
+        before = [self.source.first_source_row(part) for part in self.source.members]
+        place = bisect_right(before, source_row) - 1
+        return self.source.members[place].name, source_row - before[place]
 
     def ids(self, places: NDArray[np.int64]) -> list[str]:
         """Of some of them."""

@@ -10,11 +10,11 @@ from ghoststore.corpus import source_name
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import part_of, takes
 from ghoststore.settings.question import SelectOptions
-from query.common.texts import corpus_behind
-from query.common.unchanged import Places, read_unchanged
+from query.common.texts import corpora_behind
+from query.common.unchanged import Places, all_unchanged
 from query.select.budget import Budget
 from query.select.files import SelectFiles
-from query.select.leaks import refuse, report_of
+from query.select.leaks import named, refuse, report_of
 from query.select.report import SelectReport
 from query.select.strategy import Strategy
 from query.select.subject import OfParts, OfRun
@@ -55,10 +55,10 @@ def select(options: SelectOptions) -> SelectReport:
     files = SelectFiles.of(options.out, options.report, options.order)
     subject = OfParts(options, progress) if options.run is None else OfRun(options, strategy)
     strategy = replace(strategy, budget=strategy.budget.in_unit(subject.unit))
-    corpus = corpus_behind(subject.source, options.data)
+    corpus = corpora_behind(subject.source, options.data)
     files.check(corpus)
     leak_check, places = subject.read_val_set(progress), Places()
-    for sample in read_unchanged(corpus, subject.source, progress):
+    for sample in all_unchanged(corpus, subject.source, progress):
         places.add(sample)
         leak_check.see(sample)
     leaked = list(leak_check.found.values())
@@ -75,7 +75,7 @@ def select(options: SelectOptions) -> SelectReport:
         report=str(files.report),
         rows_file=str(files.rows),
         settings={**subject.settings(), **strategy.settings(), "order": files.order},
-        leaks=report_of(None if options.val_set is None else leaked, options.leaks),
+        leaks=report_of(None if options.val_set is None else [named(leak, samples) for leak in leaked], options.leaks),
     )
     _note_shortfalls(report, progress)
     files.write(report, corpus, places, samples, chosen)

@@ -16,6 +16,7 @@ from query.ask.run_scorer import RunScorer, opened_val_set
 from query.ask.scorer import Scorer, open_scorer
 from query.ask.unit import unit_of
 from query.search.parts import note_repeated, open_parts
+from query.search.unions import refuse_united
 from query.select.leaks import LeakCheck
 from query.select.samples import Samples
 from query.select.strategy import Strategy
@@ -30,6 +31,8 @@ class OfParts:
         wanted = self.question
         self._parts, self._weights = open_parts(wanted.store, wanted.part, wanted.part_weights, progress)
         self.source = self._parts[0]
+        if wanted.data is not None:
+            refuse_united(self._parts, "`data`")
         mixed = wanted.with_scores is not None or wanted.lexical is not None
         self.unit = None if mixed else unit_of(wanted, self._parts)
         self.scorer: Scorer | None = None

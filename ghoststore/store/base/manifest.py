@@ -49,6 +49,8 @@ class Kind:
     """By section, the entries that it must have and the types of each; lists hold names. ``a.b`` is an entry of the
     object ``a``, if that is not null.
     """
+    optional: frozenset[str] = frozenset()
+    """Of these entries, as ``section.entry``, those that may be missing."""
 
 
 _NAMES: Types = (list,)
@@ -85,6 +87,7 @@ PART = Kind(
             "fingerprint": (str,),
             "samples": (int,),
             "max_samples": (int, NoneType),
+            "skip_samples": (int,),
             "fields": (dict,),
         },
         "tokens": {"max_length": (int,), "overlong": (str,)},
@@ -118,10 +121,14 @@ PART = Kind(
             "data": (str,),
             "form": (str,),
             "optimizer_state": _OPTIONAL_TEXT,
+            "like": (dict,),
+            "like.part": (str,),
+            "like.hash": _OPTIONAL_TEXT,
         },
         "compute": {"attn_implementation": _OPTIONAL_TEXT, "gradient_checkpointing": (bool,)},
         "coverage": {"share": (int, float)},
     },
+    optional=frozenset({"corpus.skip_samples", "source.like", "source.like.part", "source.like.hash"}),
 )
 RUN = Kind(
     name="run",
@@ -180,8 +187,10 @@ def _check_sections(manifest: Manifest, where: str, kind: Kind) -> None:
         for name, types in kind.entries.get(section, {}).items():
             expected_types = " or ".join(_JSON[kind_of_value] for kind_of_value in types)
             holder, _, last = name.rpartition(".")
-            entries = manifest[section][holder] if holder else manifest[section]
+            entries = manifest[section].get(holder) if holder else manifest[section]
             if entries is None:
+                continue
+            if last not in entries and f"{section}.{name}" in kind.optional:
                 continue
             if last not in entries:
                 raise CorruptError(f"{where} lacks '{section}.{name}' in its manifest; {expected_types} is due")

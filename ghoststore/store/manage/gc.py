@@ -21,7 +21,7 @@ from ghoststore.store.base.writers import left_behind, remove_dead, writers
 from ghoststore.store.manage.held import held
 from ghoststore.store.part.caches import FOLDERS, caches, drop
 from ghoststore.store.part.indexes import FOLDER as INDEX
-from ghoststore.store.part.part import Part
+from ghoststore.store.part.part import OF_UNION, Part
 from ghoststore.store.run.journal import journal_spans
 from ghoststore.store.run.run import Run
 from ghoststore.store.spans.commits import commit_path
@@ -170,7 +170,8 @@ class _Collection:
     def _drop_stale(self, part: Part, owner: Owner) -> None:
         now = part.fingerprint()
         for cache in caches(part):
-            if cache.covers is None or cache.covers == now:
+            # One part cannot tell whether a cache of several is stale.
+            if cache.covers is None or cache.covers == now or OF_UNION.fullmatch(cache.name):
                 continue
             size = sum(size_of(part.path / name) for name in (cache.record, *cache.files))
             self.removed.append(StoredFile(file=cache.record, bytes=size, living=False, **owner))

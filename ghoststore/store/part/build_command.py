@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ghoststore.settings.flags import entries_of
 from ghoststore.settings.projection import unsketched
 from ghoststore.store.base.manifest import Manifest
 from ghoststore.store.part.kept import fields_of
+from ghoststore.store.part.part import Part
 
 DEFAULTS: dict[str, Any] = {
     **{entry.flag: entry.spec.default for entry in entries_of(BuildOptions)},
@@ -33,6 +34,22 @@ def build_command(manifest: Manifest, store: Path, name: str) -> str:
     return shlex.join(words)
 
 
+def command_of(**options: Any) -> str:
+    """The command ``ghoststore build …``, quoted for a shell, with these options; each value of a list has its own
+    flag, and None leaves an option out.
+    """
+    words = ["ghoststore", "build"]
+    for name, value in options.items():
+        for one in value if isinstance(value, list | tuple) else [] if value is None else [value]:
+            words += [f"--{name.replace('_', '-')}", str(one)]
+    return shlex.join(words)
+
+
+def flags_of(parts: Iterable[Part]) -> str:
+    """The words of a command that name ``parts``."""
+    return " ".join(f"--part {part.name}" for part in parts)
+
+
 def _options(manifest: Manifest, store: Path, name: str) -> Iterator[tuple[str, Any]]:
     """(option, value); None or False leaves the option out, True stands for a switch."""
     source, compute, storage = manifest["source"], manifest["compute"], manifest["storage"]
@@ -44,9 +61,11 @@ def _options(manifest: Manifest, store: Path, name: str) -> Iterator[tuple[str, 
     yield from (("--data", path) for path in source["data"].split("\n"))
     yield "--store", store
     yield "--name", name
+    yield "--like", source.get("like", {}).get("part")
     yield from _fields(manifest["corpus"]["fields"])
     yield "--max-length", manifest["tokens"]["max_length"]
     yield "--overlong", manifest["tokens"]["overlong"]
+    yield "--skip-samples", manifest["corpus"].get("skip_samples", 0)
     yield "--max-samples", manifest["corpus"]["max_samples"]
     yield "--batch-tokens", manifest["batching"]["batch_tokens"]
     yield "--span-rows", storage["span_rows"]

@@ -22,14 +22,14 @@ from ghoststore.store.base.opening import refuse_links
 from ghoststore.store.base.records import FileRecord
 from ghoststore.store.base.writers import living, own_id
 from ghoststore.store.part.index_manifest import SUFFIXES, IndexManifest
-from ghoststore.store.part.part import Part
+from ghoststore.store.part.part import OF_UNION, Part
 
 FOLDER = "index"
 MANIFEST = "index.json"
 _OURS = re.compile(r"([0-9a-f]{16}|begun)\.(faiss|rows)")
 """Names of the files that a build of an index makes, apart from temporary ones."""
 GROUP = b'{"attributes": {}, "zarr_format": 3, "node_type": "group"}'
-State = Literal["current", "stale", "damaged"]
+State = Literal["current", "stale", "damaged", "of a union"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class IndexState:
     name: str
     state: State
     problem: str | None
-    """Why it is stale or damaged."""
+    """Why it is stale or damaged. Whether one of a union is current tells only a query of it."""
     manifest: IndexManifest | None
     """None if the manifest cannot be read."""
 
@@ -64,8 +64,18 @@ def index_words(part: str, name: str) -> str:
     return f"index {name!r} of part {part!r}"
 
 
+def own_index_names(part: Part) -> list[str]:
+    """Of :func:`index_names` those that cover the rows of ``part``: of a union its own, of a part none of unions."""
+    names = index_names(part)
+    if part.tag:
+        return [name for name in names if name.endswith(part.tag)]
+    return [name for name in names if not OF_UNION.fullmatch(name)]
+
+
 def index_names(part: Part) -> list[str]:
-    """Names of the indexes of ``part``, sorted. A folder without a manifest is an unfinished build, not an index."""
+    """Names of the indexes that lie with ``part``, sorted. A folder without a manifest is an unfinished build, not an
+    index.
+    """
     names = (path.parent.name for path in (part.caches / FOLDER).glob(f"*/{MANIFEST}"))
     return sorted(name for name in names if is_name(name))
 
@@ -117,7 +127,10 @@ def index_states(part: Part) -> list[IndexState]:
                 path = manifest.path_of(index_folder(part, name), kind)
                 if not path.is_file() or path.stat().st_size != record.bytes:
                     raise CorruptError(f"{path} is missing or cut")
-            check_coverage(part, name, manifest)
+            if part.tag or not OF_UNION.fullmatch(name):
+                check_coverage(part, name, manifest)
+            else:
+                state = "of a union"
         except MismatchError as error:
             state, problem = "stale", str(error)
         except CorruptError as error:

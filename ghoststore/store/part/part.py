@@ -5,7 +5,8 @@ Legend: N rows, D numbers of a vector.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ from ghoststore.store.base.records import reading
 from ghoststore.store.part.encoding import Encoding, encoding
 from ghoststore.store.part.layout import PartLayout
 from ghoststore.store.part.status import FIRST_UNUSABLE, Status
-from ghoststore.store.spans.group import Spanned, create, create_array, gather, in_memory
+from ghoststore.store.spans.gathered import gather
+from ghoststore.store.spans.group import Spanned, create, create_array, in_memory
 from ghoststore.store.spans.reader import read_span
 
 SPAN_TABLE = "span_start"
+OF_UNION = re.compile(r".*-union-[0-9a-f]{8}")
+"""Names of caches that cover other parts, too: see :attr:`Part.tag`."""
 
 
 class Part(Spanned[PartLayout]):
@@ -41,6 +45,34 @@ class Part(Spanned[PartLayout]):
     @classmethod
     def layout_of(cls, storage: Mapping[str, Any]) -> PartLayout:
         return PartLayout.of(storage)
+
+    @property
+    def members(self) -> tuple[Part, ...]:
+        """The parts that are read as this one: itself, unless it is a union."""
+        return (self,)
+
+    @property
+    def tag(self) -> str:
+        """What the names of caches end with that lie with this part, and cover others as well; nothing of its own."""
+        return ""
+
+    @property
+    def planned_rows(self) -> int:
+        """Rows, committed or not."""
+        return self.layout.rows
+
+    def home(self, span: int) -> tuple[Part, int]:
+        return self, span
+
+    def first_source_row(self, member: Part) -> int:
+        """What is added to ``source_row`` of one of :attr:`members`."""
+        return 0
+
+    def located(
+        self, rows: Sequence[int] | NDArray[np.int64]
+    ) -> Iterator[tuple[Part, NDArray[np.int64], NDArray[np.int64]]]:
+        """For each of :attr:`members` with some of ``rows``: (it, which of ``rows`` it holds, their numbers there)."""
+        yield self, np.arange(len(rows)), np.asarray(rows, dtype=np.int64)
 
     @property
     def caches(self) -> Path:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from ghoststore.errors import CorruptError, UsageError
 from ghoststore.store.base.opening import size_of
 from ghoststore.store.run.layout import RunLayout
-from ghoststore.store.spans.group import create_array, gather
+from ghoststore.store.spans.gathered import gather
+from ghoststore.store.spans.group import create_array
 from ghoststore.store.spans.layout import ArraySpec, chunk_keys
 
 if TYPE_CHECKING:

@@ -142,6 +142,18 @@ class Spanned(ABC, Generic[L]):
             raise damaged(self, [(record_name(beyond[0]), problem)])
         return spans
 
+    def home(self, span: int) -> tuple[Spanned[L], int]:
+        """What holds ``span``, and its number there: other than itself only where several are read as one."""
+        return self, span
+
+    def homes(self, spans: Sequence[int]) -> Iterator[tuple[Spanned[L], list[int], int]]:
+        """(what holds them, their numbers there, what is added to numbers of rows there) of ``spans``, in order."""
+        yield self, list(spans), 0
+
+    def seen(self, name: str, span: int, values: NDArray[Any]) -> NDArray[Any]:
+        """``values`` of the array ``name`` in ``span``, read from its :meth:`home`, as this one has them."""
+        return values
+
     @property
     def complete(self) -> bool:
         """Whether every span is committed."""
@@ -379,32 +391,6 @@ class Spanned(ABC, Generic[L]):
             raise
         except (ValueError, RuntimeError, OSError, TypeError, KeyError) as error:
             raise CorruptError(f"{self.path / spec.name}, {start} to {stop}: {error}") from error
-
-
-def gather(
-    indexes: Sequence[int] | NDArray[np.int64],
-    size: int,
-    read: Callable[[int], NDArray[Any]],
-    dtype: Any,
-    at_once: int = 1,
-) -> NDArray[Any]:
-    """The values at ``indexes``, in their order, from blocks of ``size``; ``read(block)`` is called once for each.
-
-    ``dtype`` is that of an empty result. ``at_once`` blocks are read at a time.
-    """
-    index_N = np.asarray(indexes, dtype=np.int64)
-    if not len(index_N):
-        return np.empty(0, dtype=dtype)
-    order = np.argsort(index_N // size, kind="stable")
-    blocks, starts = np.unique(index_N[order] // size, return_index=True)
-    values: NDArray[Any] | None = None
-    read_blocks = side_by_side(read, blocks.tolist(), at_once)
-    for block, positions, data in zip(blocks.tolist(), np.split(order, starts[1:]), read_blocks, strict=True):
-        if values is None:
-            values = np.empty((len(index_N), *data.shape[1:]), dtype=data.dtype)
-        values[positions] = data[index_N[positions] - block * size]
-    assert values is not None
-    return values
 
 
 def in_memory(files: Mapping[str, bytes]) -> zarr.Array[Any]:

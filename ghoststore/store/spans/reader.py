@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -124,6 +125,9 @@ def chunk_numbers(buffer: NDArray[np.uint8], spec: ArraySpec, count: int) -> NDA
 
 def read_span(source: Spanned[Any], name: str, span: int) -> NDArray[Any]:
     """One committed span of a numeric array with one chunk a span, checked, in the stored dtype."""
+    home, own = source.home(span)
+    if home is not source:
+        return source.seen(name, span, read_span(home, name, own))
     spec = source.spec(name)
     start, stop = spec.entries(*source.layout.span_of(span))
     (key,) = source.layout.chunk_keys(spec, span)
@@ -137,8 +141,15 @@ def stream(source: Spanned[Any], name: str, spans: list[int] | None = None) -> I
 
     Memory: READ_AHEAD + 1 chunks, whatever the size of the part or run; from an object store one for each request.
     """
+    for home, own, shift in source.homes(source.spans if spans is None else spans):
+        with closing(_stream(home, name, own)) as chunks:
+            for chunk in chunks:
+                yield replace(chunk, start=chunk.start + shift, stop=chunk.stop + shift) if shift else chunk
+
+
+def _stream(source: Spanned[Any], name: str, spans: list[int]) -> Generator[Chunk]:
     spec = source.spec(name)
-    chunks = list(chunks_of(source, spec, source.spans if spans is None else spans))
+    chunks = list(chunks_of(source, spec, spans))
     if isinstance(source.path, ObjectPath):
         yield from _requested(source, spec, chunks)
         return

@@ -142,6 +142,7 @@ def _joined(arrays: list[Any]) -> Any:
 
 def _of_span(part: Part, span: int, names: Sequence[str]) -> dict[str, Any]:
     """The columns ``names`` of one span, as Arrow arrays."""
+    part, span = part.home(span)  # a union has the columns that its parts have
     start, stop = part.layout.span_of(span)
 
     def stored(name: str) -> NDArray[Any]:
