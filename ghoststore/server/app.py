@@ -33,8 +33,6 @@ KINDS = {
     ".svg": "image/svg+xml",
 }
 PAGE = "index.html"
-NEVER = 499
-"""The status of an answer that nobody waits for."""
 
 
 def pages() -> dict[str, tuple[str, bytes]]:
@@ -144,7 +142,7 @@ async def _large(request: Request, error: Exception) -> Response:
 
 
 async def _withdrawn(request: Request, error: Exception) -> Response:
-    return problem(NEVER, "the question was given up: its asker has gone, or the server ends")
+    return problem(503, "the question was given up: its asker has gone, or the server ends")
 
 
 async def _bug(request: Request, error: Exception) -> Response:

@@ -92,6 +92,7 @@ def test_answers_are_those_of_the_library(explorer: ghoststore.Explorer, built: 
     assert ("nats" in str(beside["unit"])) == (answer["settings"]["unit"] is not None)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_the_command_line_gives_the_same(explorer: ghoststore.Explorer, question: dict[str, Any]) -> None:
     answer = json.loads(ask(explorer, "/api/query", question)[2])
@@ -295,6 +296,20 @@ def test_the_openapi_document(explorer: ghoststore.Explorer) -> None:
     assert set(query["properties"]["metric"]["enum"]) == {"dot", "cosine"}
 
 
+def test_a_question_that_runs_is_given_up_at_the_end(built: Path) -> None:
+    """Its asker is told; the end does not wait for the answer."""
+    replies: list[Reply] = []
+    question = {"val_set": ["the old dog runs"] * 100_000}
+    with ghoststore.serve(built) as explorer:
+        asker = threading.Thread(target=lambda: replies.append(ask(explorer, "/api/query", question)))
+        asker.start()
+        while not explorer._questions._waiting:  # until it has begun
+            assert asker.is_alive()
+    asker.join()
+    assert replies[0][0] == 503
+    assert "the server ends" in problem(replies[0])[3]
+
+
 def test_so_many_questions_wait(explorer: ghoststore.Explorer) -> None:
     replies: list[Reply] = []
     question = {"val_set": ["the old dog runs"] * 30, "top_k": 3}
@@ -322,6 +337,7 @@ def test_ports_and_stores_that_are_none(explorer: ghoststore.Explorer, built: Pa
         ghoststore.serve(tmp_path / "nonesuch")
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_command_prints_its_address_and_ends(built: Path, number: int, code: int) -> None:
     words = [sys.executable, "-m", "ghoststore", "serve", "--store", str(built)]
