@@ -312,16 +312,39 @@ def test_warnings_and_strange_lines_are_events(lab: Lab, built: Path) -> None:
 @pytest.mark.thin(3)
 @pytest.mark.parametrize("address", ["s3://bucket/x", "gs://b/x", "az://b", "file:///tmp/x", "hf://datasets/x"])
 def test_addresses_are_no_paths(lab: Lab, built: Path, tmp_path: Path, address: str) -> None:
+    """Of files and folders; a store may have one, of a bucket (tests/store/objects)."""
     for line in (
-        ["build", "--checkpoint", lab.checkpoint, "--data", lab.corpus, "--store", address],
         ["query", "--store", built, "--val-set", lab.corpus, "--out", f"{address}/a.json"],
         ["select", "--store", built, "--val-set", lab.corpus, "--count", "2", "--out", f"{address}/a.jsonl"],
         ["demo", "--out", address],
-        ["verify", "--store", address],
+        ["build", "--checkpoint", lab.checkpoint, "--data", address, "--store", "store"],
+        ["build", "--checkpoint", address, "--data", lab.corpus, "--store", "store"],
     ):
         outcome = lab.run(*line, cwd=tmp_path)
         assert outcome.code == 2, outcome.err
         assert "live in local folders and files so far" in outcome.err
         assert os.listdir(tmp_path) == []
-    with pytest.raises(ghoststore.errors.UsageError, match="no local path"):
-        ghoststore.Store.create(Path(address))
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("file:///tmp/x", "is no place for a store"),
+        ("hf://datasets/x", "is no place for a store"),
+        ("gs://b/x", "a bucket's name has 3 to 63 characters"),
+        ("az://b", "a bucket's name has 3 to 63 characters"),
+        ("s3://key:secret@bucket/x", "without credentials"),
+    ],
+)
+def test_addresses_of_no_store(lab: Lab, tmp_path: Path, address: str, words: str) -> None:
+    for line in (
+        ["build", "--checkpoint", lab.checkpoint, "--data", lab.corpus, "--store", address],
+        ["verify", "--store", address],
+    ):
+        outcome = lab.run(*line, cwd=tmp_path)
+        assert outcome.code == 2, outcome.err
+        assert words in outcome.err
+        assert "secret" not in outcome.err
+        assert os.listdir(tmp_path) == []
+    with pytest.raises(ghoststore.errors.UsageError, match=words):
+        ghoststore.Store.create(address)

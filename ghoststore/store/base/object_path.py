@@ -250,7 +250,7 @@ def location(place: str | Path) -> Path:
         shown = "" if "@" in address[2] or "?" in address[2] else f" {str(place)!r:.200}"
         raise UsageError(
             f"the address{shown} of the store cannot be used: write {address[1]}://BUCKET/PREFIX, without credentials "
-            "(these come from the environment) and without ? # @ % in it"
+            "(these come from the environment) and without ? # @ % in it; a bucket's name has 3 to 63 characters"
         )
     return ObjectPath(f"{address[1]}:", bucket, *keys)
 

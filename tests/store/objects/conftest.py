@@ -21,6 +21,8 @@ class Bucket:
 
     server: Server
     lab: Lab
+    environment: dict[str, str]
+    """The variables of a process that uses the server."""
     whole: dict[str, bytes] = field(default_factory=dict)
 
     def tree(self, name: str) -> dict[str, bytes]:
@@ -67,15 +69,21 @@ def bucket_of_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buck
     pytest.importorskip("obstore")
     pytest.importorskip("moto")
     folder = tmp_path_factory.mktemp("objects")
-    with serving() as server, pytest.MonkeyPatch.context() as patch:
-        ours = {"XDG_CACHE_HOME": str(folder / "cache"), "XDG_STATE_HOME": str(folder / "state")}
-        for name, value in {**server.environment, **ours}.items():
-            patch.setenv(name, value)
-        lab = open_lab(folder)
+    ours = {"XDG_CACHE_HOME": str(folder / "cache"), "XDG_STATE_HOME": str(folder / "state")}
+    with serving() as server:
+        environment = {**server.environment, **ours}
+        lab = open_lab(folder, **environment)
         local = lab.build(folder / "whole")
         assert local.code == 0, local.err
-        yield Bucket(server, lab, tree(folder / "whole"))
+        yield Bucket(server, lab, environment, tree(folder / "whole"))
         lab.close()
+
+
+@pytest.fixture(autouse=True)
+def variables(bucket_of_session: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process uses the server during each of these tests: others have a state of their own."""
+    for name, value in bucket_of_session.environment.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
