@@ -151,6 +151,8 @@ def check_types(kind: type, values: Mapping[str, Any], within: str = "") -> None
             continue
         if value is None and type(None) in get_args(spec.type):
             continue
+        if spec.name == "checkpoint" and hasattr(value, "save_pretrained"):
+            continue  # a loaded model: where only a folder is taken, the function says why
         named = " or ".join(dict.fromkeys(map(_called, members)))
         advice = "; leave it out for the default" if value is None and spec.default is not MISSING else ""
         raise UsageError(f"`{within}{spec.name}` is {named}, not {value!r:.80}{advice}")
