@@ -44,7 +44,7 @@ from query.demo.tokenizer import train_tokenizer
 from query.evaluate.lds import Lds, half, lds
 from query.evaluate.task import Task
 from query.evaluate.tf_idf import TfIdf
-from query.evaluate.trainings import losses_of
+from query.evaluate.trainings import By, losses_of
 from query.search.vectors import PartVectors
 
 LAYERS = ("mlp", "attn")
@@ -199,7 +199,9 @@ class Case:
             recipe=self.recipe, behind=RebuiltOptions(), device="cpu", progress=Silent(),
         )  # fmt: skip
         kept = {f"half-{place:05d}": half(self.recipe.seed, place, task.samples) for place in range(self.halves)}
-        losses = losses_of(task.plan(kept), self.folder / "evaluation" / "trainings", self.workers, Silent())
+        losses = losses_of(
+            task.plan(kept), self.folder / "evaluation" / "trainings", By(workers=self.workers), Silent()
+        )
         np.savez(self.folder / "halved.npz", kept=np.stack([*kept.values()]), losses=np.stack([*losses.values()], 1))
 
     def built(self, label: str) -> Any:

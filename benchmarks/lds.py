@@ -34,7 +34,7 @@ from query.demo.tokenizer import train_tokenizer
 from query.evaluate.lds import Lds, half, lds
 from query.evaluate.predictors import grouped
 from query.evaluate.task import Scored, Task
-from query.evaluate.trainings import losses_of
+from query.evaluate.trainings import By, losses_of
 from query.search.parts import open_parts
 
 RUN = "run"
@@ -217,7 +217,9 @@ class Bench:
         """From the folder, or trained now."""
         samples, seed = self.task.samples, self.setting.recipe.seed
         kept = {f"half-{number:05d}": half(seed, number, samples) for number in range(self.setting.halves)}
-        losses = losses_of(self.task.plan(kept), self.setting.out / "trainings", self.setting.workers, Silent())
+        losses = losses_of(
+            self.task.plan(kept), self.setting.out / "trainings", By(workers=self.setting.workers), Silent()
+        )
         return Halved(np.stack(list(kept.values())), np.stack(list(losses.values()), axis=1))
 
     def scores(self) -> Iterator[tuple[str, str, Callable[[], Scored]]]:

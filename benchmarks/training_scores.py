@@ -37,7 +37,7 @@ from query.demo.tokenizer import train_tokenizer
 from query.evaluate.lds import half, lds
 from query.evaluate.predictors import grouped
 from query.evaluate.task import Task
-from query.evaluate.trainings import losses_of
+from query.evaluate.trainings import By, losses_of
 from query.search.parts import open_parts
 from query.training_scores.steps import choose_column, stream_steps, window_of
 from query.training_scores.sums import ScoreSums, Units
@@ -278,7 +278,7 @@ def main(
             tell(f"trained: {arm.name}")
         task = bench.task()
         kept = {f"half-{number:05d}": half(recipe.seed, number, task.samples) for number in range(halves)}
-        losses = losses_of(task.plan(kept), bench.out / "trainings", workers, Silent())
+        losses = losses_of(task.plan(kept), bench.out / "trainings", By(workers=workers), Silent())
         kept_MN, losses_VM = np.stack(list(kept.values())), np.stack(list(losses.values()), axis=1)
         domain_of = [json.loads(line)["of"] for line in bench.val_set.read_text().splitlines()]
         domains = {name: [p for p, own in enumerate(domain_of) if own == name] for name in sorted(set(domain_of))}
