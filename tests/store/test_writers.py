@@ -289,3 +289,17 @@ def test_a_long_name_is_cut(tmp_path: Path) -> None:
     path = unfinished(tmp_path / ("é" * 127))
     path.write_text("x")
     assert len(os.fsencode(path.name)) <= 255
+
+
+def test_a_record_that_is_not_written_yet_says_whether_it_is_shared(tmp_path: Path) -> None:
+    """Between a record's appearing and its bytes another worker of the same part may read it."""
+    host = own_id().rsplit("-", 2)[0]
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / f"{host}-{os.getppid()}-00000000.shared.json").touch()
+    with at_work(tmp_path, "it", shared=True):
+        pass
+    with pytest.raises(BusyError), at_work(tmp_path, "it"):
+        pass
+    (tmp_path / FOLDER / f"{host}-{os.getppid()}-00000001.json").touch()
+    with pytest.raises(BusyError), at_work(tmp_path, "it", shared=True):
+        pass

@@ -33,6 +33,8 @@ from ghoststore.processes import HOST_PROCESSES, boot, id_space, is_gone, runs, 
 from ghoststore.store.base.object_path import ObjectPath
 
 FOLDER = ".writers"
+SHARED = ".shared"
+"""In the name of the record of a writer that lets others with this mark write beside it."""
 TOUCH_SECONDS = 30.0
 FORGOTTEN_SECONDS = 600.0
 """A process of another machine, which cannot be looked up, counts as dead if its record was not touched so long."""
@@ -231,7 +233,7 @@ def remove_dead(folder: Path) -> None:
     """
     for writer in writers(folder):
         if not writer.alive:
-            (folder / FOLDER / f"{writer.id}.json").unlink(missing_ok=True)
+            (folder / FOLDER / _record_name(writer.id, writer.shared)).unlink(missing_ok=True)
     with suppress(OSError):
         (folder / FOLDER).rmdir()
 
@@ -261,10 +263,17 @@ def busy(what: str, parameter: str | None, others: list[Writer]) -> str:
     return message
 
 
+def _record_name(writer: str, shared: bool) -> str:
+    """The file name of a record. It says what others must know before they can read the record, which is not written
+    in one step.
+    """
+    return f"{writer}{SHARED if shared else ''}.json"
+
+
 def _write(folder: Path, what: str, parameter: str | None, shared: bool) -> Path:
     """Make this process's record in ``folder`` (``.writers``), and the folder. Returns its path."""
-    record = folder / f"{own_id()}.json"
-    value = {**this_process(), "command": _command(), "since": time.time(), "shared": shared}
+    record = folder / _record_name(own_id(), shared)
+    value = {**this_process(), "command": _command(), "since": time.time()}
     while True:
         folder.mkdir(exist_ok=True)
         try:
@@ -296,7 +305,8 @@ def touched(path: Path) -> Iterator[None]:
 
 def _read(path: Path) -> Writer | None:
     """The writer of a record; from its name alone if it is cut or damaged. None for any other file."""
-    name = _ID.fullmatch(path.stem)
+    shared = path.stem.endswith(SHARED)
+    name = _ID.fullmatch(path.stem.removesuffix(SHARED))
     if name is None or path.suffix != ".json":
         return None
     value: dict[str, Any] = {}
@@ -332,7 +342,7 @@ def _read(path: Path) -> Writer | None:
         touched=touched,
         silent=silent,
         alive=not gone,
-        shared=value.get("shared") is True,
+        shared=shared,
     )
 
 
