@@ -59,6 +59,8 @@ class Death:
     """Said of a worker that has ended."""
 
     how: str
+    again: bool = True
+    """Whether another may have more luck: it was killed, or its machine went."""
 
 
 class Hand(Protocol):
@@ -165,7 +167,7 @@ class _Crew:
                 if place is None or place.hand is not hand:
                     continue  # it has been replaced
                 if isinstance(message, Death):
-                    self._replace(place, message.how)
+                    self._replace(place, message)
                 else:
                     self._hear(place, message)
         assert self._report is not None
@@ -214,7 +216,7 @@ class _Crew:
         if missing:
             self._task = self._progress.task("building", part.layout.rows, done=part.rows)
 
-    def _replace(self, place: _Place, how: str) -> None:
+    def _replace(self, place: _Place, death: Death) -> None:
         """After its worker has ended: if it was not to, start another, for what it has not committed."""
         del self._places[place.hand.number]
         place.end()
@@ -222,14 +224,18 @@ class _Crew:
             return
         if self._shown is place:
             self._shown = None
+        if not death.again:
+            raise WorkerError(
+                f"{death.how}; what it said is above. What was committed is intact: the same command resumes"
+            )
         self._deaths += 1
         if self._deaths > DEATHS * self._count:
             raise WorkerError(
-                f"{how}, the last of {self._deaths} that died without a span being committed in between. What was "
-                "committed is intact: the same command resumes. If memory ran out, give fewer `workers`, or a smaller "
-                "`batch_tokens`"
+                f"{death.how}, the last of {self._deaths} that died without a span being committed in between. What "
+                "was committed is intact: the same command resumes. If memory ran out, give fewer `workers`, or a "
+                "smaller `batch_tokens`"
             )
-        self._progress.note(f"{how}: another takes its place")
+        self._progress.note(f"{death.how}: another takes its place")
         if self._pieces is not None:
             assert self._report is not None
             part = Store.open(self._options.store).damaged_part(self._report.part)

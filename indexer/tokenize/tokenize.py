@@ -20,6 +20,7 @@ from ghoststore.cluster import on_actors, ray_cluster, room
 from ghoststore.corpus import Corpus, Fields, absolute, open_corpus
 from ghoststore.errors import CheckpointError, UsageError
 from ghoststore.hidden_errors import own_errors
+from ghoststore.machine import CORES
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.build import TokenizeOptions
 from ghoststore.settings.keywords import takes
@@ -287,7 +288,7 @@ def _write(job: ShardJob, options: TokenizeOptions, progress: Progress) -> _Work
         with ray_cluster(options.ray_address) as ray:
             workers = room(ray, 1, 0.0)
     if workers is None:
-        workers = max(1, min(_cores(), job.plan.scan.text_bytes // TEXT_A_WORKER))
+        workers = max(1, min(CORES, job.plan.scan.text_bytes // TEXT_A_WORKER))
     # A compressed file is read from its beginning for every piece.
     pieces = _pieces(missing, workers * (1 if job.compressed else PIECES_A_WORKER))
     workers = min(workers, len(pieces))
@@ -315,10 +316,6 @@ def _pieces(shards: Sequence[int], count: int) -> list[Sequence[int]]:
     """``shards`` cut into at most ``count`` runs of about the same size."""
     size = -(-len(shards) // count)
     return [shards[start : start + size] for start in range(0, len(shards), size)]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _report(shards: TokenShards, work: _Work, seconds: dict[str, float]) -> TokenizeReport:

@@ -47,12 +47,11 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
     ``out``.
 
     Each row goes through the model alone, and plain autograd gives its gradient. ``parameters`` is ``all`` (of an
-    adapter: its own), or
-    ``projected``: the parameters of the layers that ``proj_layers`` (default: mlp, attn), ``exclude_layers`` and
-    ``include_embeddings`` select, as in ``ghoststore build``. Tied parameters count once. ``dtype`` is that of the
-    numbers in the files. A file holds about 256 MiB of gradients; ``manifest.json`` says where each row and each
-    parameter is. After an interruption, the same call checks the files that exist and writes the missing ones, with the
-    same bytes.
+    adapter: its own), or ``projected``: the parameters of the layers that ``proj_layers`` (default: mlp, attn),
+    ``exclude_layers`` and ``include_embeddings`` select, as in ``ghoststore build``. Tied parameters count once.
+    ``dtype`` is that of the numbers in the files. A file holds about 256 MiB of gradients; ``manifest.json`` says where
+    each row and each parameter is. After an interruption, the same call checks the files that exist and writes the
+    missing ones, with the same bytes.
 
     Raises CheckpointError, CorpusError, LayerError or UsageError for inputs that cannot be used or need more memory
     than the machine has, MismatchError if ``out`` holds the gradients of another request, CorruptError if one of its
@@ -91,23 +90,14 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
         )
         corpus.cut_stream(settings.max_length)
         read = _read(corpus, tokenizer, settings, options.max_samples)
-        names = None
-        if options.parameters == "all" and has_adapter(model):
-            names = {name for name, _ in model.named_parameters() if is_adapter_path(name.split("."))}
-        if options.parameters == "projected":
-            layers = tuple(options.proj_layers) or default_layers(model)
-            chosen = select_blocks(model, layers, options.exclude_layers, include_embeddings=options.include_embeddings)
-            names = {name for block in chosen.blocks for name in block.parameters}
+        names = _parameters(options, model)
         exact = ExactGradients(model, names, reduction=options.loss_reduction)
         manifest: Manifest = {
             "checkpoint": checkpoint_section(checkpoint.identity(), model),
             "tokenizer": tokenizer.identity,
             "corpus": {"fingerprint": read.fingerprint, "samples": read.samples, "fields": corpus.resolved.to_json()},
             "tokens": asdict(settings),
-            "loss": {
-                "definition": loss_definition(model),
-                "reduction": options.loss_reduction,
-            },
+            "loss": {"definition": loss_definition(model), "reduction": options.loss_reduction},
             "parameters": [parameter_slice.to_json() for parameter_slice in exact.slices],
             "dtype": {"model": options.model_dtype, "stored": options.dtype},
             "rows": [_row_entry(row) for row in read.rows],
@@ -125,6 +115,17 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
             stored = stored_manifest(out, manifest)
             return job.report(out, dry_run=True, resumed=0 if stored is None else len(stored["files"]))
         return job.write(out, progress, started)
+
+
+def _parameters(options: FullGradientsOptions, model: Any) -> set[str] | None:
+    """The names of the parameters whose gradients are written; None for all."""
+    if options.parameters == "projected":
+        layers = tuple(options.proj_layers) or default_layers(model)
+        chosen = select_blocks(model, layers, options.exclude_layers, include_embeddings=options.include_embeddings)
+        return {name for block in chosen.blocks for name in block.parameters}
+    if has_adapter(model):
+        return {name for name, _ in model.named_parameters() if is_adapter_path(name.split("."))}
+    return None
 
 
 def _refuse(

@@ -337,8 +337,8 @@ def test_the_folder_of_a_demo_that_was_killed(lab: Lab, tmp_path: Path, when: st
 
 WORKERS = """
 import os, signal
-from indexer.tokenize.workers import _Worker
-workers = [_Worker(0), _Worker(1)]
+from ghoststore.piped import PipedProcess
+workers = [PipedProcess("indexer.tokenize.workers") for _ in range(2)]
 os.kill(os.getpid(), signal.SIGSTOP)
 """
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import ghoststore
+from ghoststore import piped
 from ghoststore.errors import MismatchError, WorkerError
 from ghoststore.progress import Silent, Task
 from ghoststore.settings.build import BuildOptions
-from indexer.build import crew, workers
+from indexer.build import crew
 from indexer.build.workers import devices_of
 from tests.support.parts import unbuild
 
@@ -103,10 +104,25 @@ def test_errors_of_a_worker_are_those_of_the_build(lab: Lab, tmp_path: Path) -> 
     assert processes() == []
 
 
+@pytest.mark.kill
 def test_that_die_again_and_again(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before any of them has built a span."""
     monkeypatch.setattr(crew, "DEATHS", 1)
-    monkeypatch.setattr(workers.sys, "executable", "/bin/false")
-    with pytest.raises(WorkerError, match=r"ended with exit status 1, the last of 3 that died .* `workers`"):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nkill -9 $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(piped.sys, "executable", str(program))
+    with pytest.raises(WorkerError, match=r"was killed by SIGKILL, the last of 3 that died .* `workers`"):
+        build(lab, tmp_path / "store")
+    assert processes() == []
+
+
+def test_one_that_fails_is_not_begun_again(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fail again: what it said is on stderr."""
+    monkeypatch.setattr(piped.sys, "executable", "/bin/false")
+    with pytest.raises(
+        WorkerError, match=r"^worker [12] \(process \d+\) ended with exit status 1; what it said is above"
+    ):
         build(lab, tmp_path / "store")
     assert processes() == []
 
