@@ -339,6 +339,30 @@ def test_refused(
         )
 
 
+@pytest.mark.parametrize("missing", [("whole", 0), ("first", 0), ("first", 1)])
+def test_rows_that_are_in_two_incomplete_parts(folder: Path, missing: tuple[str, int]) -> None:
+    """Whatever spans are missing, as those of workers are: rows that are there twice are refused."""
+    store = Store.open(folder / "int8")
+    put_back = unbuild(store.part(missing[0]), missing[1])
+    try:
+        for names in (["first", "whole"], ["whole", "first"], ["second", "first", "whole"]):
+            with pytest.raises(MismatchError, match="both have samples"):
+                ask(folder, names, "int8")
+    finally:
+        put_back()
+
+
+def test_parts_with_no_committed_row_in_common(folder: Path) -> None:
+    store = Store.open(folder / "int8")
+    put_back = [unbuild(store.part("whole"), 0, 2, 3), unbuild(store.part("first"), 1)]
+    try:
+        hits = ask(folder, ["first", "whole"], "int8").results[0].hits
+        assert sorted(hit.source_row for hit in hits) == list(range(16))
+    finally:
+        for put in put_back:
+            put()
+
+
 def test_parts_that_are_not_alike(folder: Path, lab: Lab, tmp_path: Path) -> None:
     """Of one checkpoint and two corpora, but with projections that each learned: refused, with the way that works."""
     where: dict[str, Any] = {"checkpoint": lab.checkpoint, "store": tmp_path / "store", "device": "cpu"}
