@@ -106,11 +106,12 @@ def test_one_file_that_grew(lab: Lab, tmp_path: Path) -> None:
     ghoststore.build(checkpoint=lab.checkpoint, data=data, name="old", **where)
     lab.write(data, rows)
     ghoststore.build(like="old", data=data, name="new", skip_samples=16, **where)
-    for part, start, stop in ((["old", "new"], 0, 30), ("old", 0, 16), ("new", 16, 30)):
+    old, new = list(range(16)), list(range(16, 30))
+    for part, places in ((["old", "new"], old + new), (["new", "old"], new + old), ("old", old), ("new", new)):
         report = select(tmp_path / "store", lab.corpus, tmp_path / f"{part}.jsonl", part=part, fraction=1.0)
         written = [json.loads(line) for line in (tmp_path / f"{part}.jsonl").read_text().splitlines()]
-        assert written == rows[start:stop]
-        assert [row["source_row"] for row in listed(report)] == list(range(start, stop))
+        assert written == [rows[place] for place in places]
+        assert [row["source_row"] for row in listed(report)] == places
 
 
 def test_other_forms_are_refused(lab: Lab, tmp_path: Path) -> None:
