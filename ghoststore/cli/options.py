@@ -241,6 +241,8 @@ def _reading(entry: Entry) -> dict[str, Any]:
         return {"type": str, "callback": _parsed(lambda word: _number(word, words, option.none))}
     if int in kinds or float in kinds:
         return {"type": int if int in kinds else float}
+    if entry.spec.name == "part":  # other commands take several, and click would take the last
+        return {"type": str, "multiple": True, "callback": _only, "metavar": "NAME"}
     if str in kinds or Any in kinds:
         return {"type": str, "metavar": "PATH" if Path in kinds else "NAME"}
     return {"type": str, "callback": _parsed(_patterns), "metavar": "PATTERNS"}
@@ -264,6 +266,13 @@ def _parsed(parse: Callable[[str], Any]) -> Callback:
 def _several(parse: Callable[[str], Any] | None) -> Callback:
     read = _parsed(parse or str)
     return lambda ctx, parameter, words: tuple(read(ctx, parameter, word) for word in words)
+
+
+def _only(ctx: click.Context, parameter: click.Parameter, words: Sequence[str]) -> str | None:
+    """The value of an option that may be given once."""
+    if len(words) > 1:
+        raise click.BadParameter(f"{', '.join(words)}: this command takes one", ctx, parameter)
+    return words[0] if words else None
 
 
 def _number(word: str, words: Sequence[str], none: str | None) -> int | str | None:

@@ -157,7 +157,8 @@ def _table(source: SourceRows, order: Sequence[int] | None) -> Any:
     import pyarrow
 
     if source.form in TABLES:
-        table = pyarrow.concat_tables(source.tables()).cast(source.schema())
+        schema = source.schema()  # first: it refuses files that no table can hold
+        table = pyarrow.concat_tables(source.tables()).cast(schema)
     else:
         rows = list(source.rows())
         names = list(dict.fromkeys(name for row in rows for name in row))

@@ -31,10 +31,11 @@ def refuse_grown(part: Part, job: BuildJob) -> None:
             if not any(f"{path}.".startswith(f"{name}.") for name in GROWS):
                 return
     samples, now = stored["corpus"]["samples"], wanted["corpus"]["samples"]
+    rest = "" if part.complete else f"; part {part.name!r} is not complete: with `worker=1/1` this build completes it"
     raise MismatchError(
         f"{job.inputs.corpus.source} has grown since part {part.name!r} of {part.path.parent.parent} was built: the "
-        f"{samples:,} samples of the part are unchanged, {now - samples:,} follow; nothing was changed. This builds "
-        f"these as a part of their own:\n  {_command(part, job)}\n"
+        f"{samples:,} samples of the part are unchanged, {now - samples:,} follow; nothing was changed{rest}. This "
+        f"builds the new ones as a part of their own:\n  {_command(part, job)}\n"
         f"Both are ranked as one by `ghoststore query --part {part.name} --part {_name(part)} …`. Or give another "
         "`name` to build all rows anew"
     )

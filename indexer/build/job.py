@@ -95,7 +95,8 @@ class BuildJob:
 def plan_job(inputs: BuildInputs, progress: Progress, *, joining: bool = False) -> BuildJob:
     """Choose the layers, check the model, scan the corpus, and draw or learn the matrices.
 
-    A worker that is ``joining`` a part that exists does not scan the corpus where the part says enough.
+    A worker that is ``joining`` a part that is not complete does not scan the corpus where the part says enough: what
+    it builds is compared with the plan of the part.
     """
     options, model, existing, like = inputs.options, inputs.model, inputs.existing, inputs.like
     before = existing or like
@@ -108,7 +109,8 @@ def plan_job(inputs: BuildInputs, progress: Progress, *, joining: bool = False) 
     plan, padding = _supported(inputs, config, progress)
     config = plan.config
     learning = LearningSample(config.calibration_samples) if plan.calibrated else None
-    if joining and existing is not None and inputs.tokens.overlong != "window" and not options.dry_run:
+    planned = joining and existing is not None and not existing.complete and inputs.tokens.overlong != "window"
+    if planned and existing is not None:
         corpus_plan = planned_as(existing)
     else:
         corpus_plan = plan_corpus(

@@ -83,10 +83,12 @@ def part_like(options: BuildOptions) -> Part:
 
 
 def fields_like(part: Part, data: Data) -> Fields | ResolvedFields:
-    """The names of fields of ``part``, where ``data`` has the form of its corpus; else the conventional ones."""
-    form = "jsonl" if is_stdin(data) else Corpus.open(data).form
-    recorded = part.manifest["corpus"]["fields"]
-    return ResolvedFields.from_json(recorded) if form == part.manifest["source"]["form"] else Fields()
+    """The names of fields of ``part``, where ``data`` has the form of its corpus, compressed or not; else the
+    conventional ones.
+    """
+    form, built_from = "jsonl" if is_stdin(data) else Corpus.open(data).form, part.manifest["source"]["form"]
+    alike = form.partition(".")[0] == built_from.partition(".")[0]
+    return ResolvedFields.from_json(part.manifest["corpus"]["fields"]) if alike else Fields()
 
 
 def refuse_unlike(part: Part, wanted: Manifest, layout: PartLayout, *, learned: bool) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.store import Part
@@ -93,22 +94,41 @@ def _refuse_unlike(first: Part, part: Part) -> None:
 def _refuse_overlap(one: Part, other: Part) -> None:
     """MismatchError where both have the same samples at the same places of their corpora.
 
-    Compared are the rows from the first place on that both have, in one span of each. Spans that are not committed are
-    not looked at.
+    Compared are the rows of the first committed span of each with places that both may have.
     """
-    tables = [span_table(part) for part in (one, other)]
-    place = max(int(table[0, 0]) for table in tables)
-    found = []
-    for part, table in zip((one, other), tables, strict=True):
-        span = int(np.searchsorted(table[:, 0], place, side="right")) - 1
-        if span < 0 or span not in part.spans:
-            return
-        source_row, digest = (read_span(part, name, span) for name in ("source_row", "source_digest"))
-        found.append({int(row): int(code) for row, code in zip(source_row, digest, strict=True) if row >= place})
-    shared = sorted(found[0].keys() & found[1].keys())
-    if shared and all(found[0][row] == found[1][row] for row in shared):
-        raise MismatchError(
-            f"parts {one.name!r} and {other.name!r} both have samples {shared[0]} to {shared[-1]} of their corpora, "
-            "and these are the same: they would rank twice. Name one of the parts, or build the second of the rows "
-            "that the first lacks (`ghoststore build --skip-samples`)"
-        )
+    for span, other_span in _meeting(one, other):
+        codes, other_codes = _digests(one, span), _digests(other, other_span)
+        shared = sorted(codes.keys() & other_codes.keys())
+        if not shared:
+            continue
+        if all(codes[row] == other_codes[row] for row in shared):
+            raise MismatchError(
+                f"parts {one.name!r} and {other.name!r} both have samples {shared[0]} to {shared[-1]} of their "
+                "corpora, and these are the same: they would rank twice. Name one of the parts, or build the second of "
+                "the rows that the first lacks (`ghoststore build --skip-samples`)"
+            )
+        return
+
+
+def _meeting(one: Part, other: Part) -> Iterator[tuple[int, int]]:
+    """Committed (spans of ``one``, spans of ``other``) that may have rows of the same places, in order."""
+    first, other_first = (span_table(part)[:, 0] for part in (one, other))
+    at = 0
+    for span in one.spans:
+        while at < len(other.spans) and _last(other_first, other.spans[at]) < first[span]:
+            at += 1
+        for other_span in other.spans[at:]:
+            if other_first[other_span] > _last(first, span):
+                break
+            yield span, other_span
+
+
+def _last(first: NDArray[np.int64], span: int) -> float:
+    """The last place that ``span`` may have, where spans begin at the places ``first``."""
+    return float(first[span + 1]) if span + 1 < len(first) else np.inf
+
+
+def _digests(part: Part, span: int) -> dict[int, int]:
+    """The digest of each sample of ``span`` by its place in the corpus."""
+    source_row, digest = (read_span(part, name, span).tolist() for name in ("source_row", "source_digest"))
+    return dict(zip(source_row, digest, strict=True))

@@ -343,3 +343,18 @@ def test_sizes_are_read_and_shown_as_people_write_them(lab: Lab) -> None:
     assert "[default: 64MiB]" in lab.run("query", "--help").out
     limited = lab.run("tokenize", "--data", lab.corpus, "--tokenizer", lab.checkpoint, "--out", "x", *words[-1:], "1 B")
     assert "a record of more than 1 bytes" in limited.err
+
+
+def test_a_part_that_is_given_twice_is_refused_where_one_is_taken() -> None:
+    """click would take the last, and say nothing, while `query` and `index` take all."""
+    of_one = {
+        name
+        for name in COMMANDS
+        for kind in command(name).kinds
+        for entry in entries_of(kind)
+        if entry.spec.name == "part" and not entry.option.repeated
+    }
+    assert of_one >= {"self-influence", "fidelity", "export", "info", "verify", "repair", "rm"}
+    for name in of_one:
+        with pytest.raises(click.BadParameter, match="a, b: this command takes one"):
+            command(name).make_context(name, ["--part", "a", "--part", "b"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shlex
 from dataclasses import replace
@@ -136,6 +137,21 @@ def test_fields_of_another_type_are_refused(store: Path, lab: Lab, tmp_path: Pat
         ghoststore.build(
             like="old", data=lab.write(tmp_path / "new.jsonl", rows), store=store, name="other", device="cpu"
         )
+
+
+def test_names_of_fields_of_a_compressed_corpus(lab: Lab, tmp_path: Path) -> None:
+    """They are those of the part, although its rows have a field of the conventional name, too."""
+    rows = [{"body": row["text"], "text": "a title", "id": row["id"]} for row in lab.sample_rows(8, 2)]
+    where: dict[str, Any] = {"store": tmp_path / "store", "device": "cpu"}
+    old, plain, packed = (tmp_path / name for name in ("old.jsonl", "new.jsonl", "packed.jsonl.gz"))
+    lab.write(old, rows[:5])
+    packed.write_bytes(gzip.compress(lab.write(plain, rows[5:]).read_bytes()))
+    ghoststore.build(checkpoint=lab.checkpoint, data=old, name="old", fields=ghoststore.Fields(text="body"), **where)
+    for data in (plain, packed):
+        ghoststore.build(like="old", data=data, name=data.name, **where)
+    parts = [Store.open(tmp_path / "store").part(data.name) for data in (plain, packed)]
+    assert [part.manifest["corpus"]["fields"]["text"] for part in parts] == ["body", "body"]
+    np.testing.assert_array_equal(*map(vectors_of, parts))
 
 
 def test_a_scaled_part(lab: Lab, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from ghoststore.progress import Silent, Task
 from ghoststore.store.spans.writer import writing
 from indexer.build import job
 from indexer.build.share import Share
-from tests.support.parts import unbuild
+from tests.support.parts import unbuild, vectors_of
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -224,6 +225,32 @@ def test_another_corpus_is_refused(lab: Lab, tmp_path: Path, change: str) -> Non
     with pytest.raises(MismatchError):
         worker(lab, store, "2/2", data=data)
     assert lab.tree(store) == before
+
+
+@pytest.mark.parametrize("share", ["1/2", "1/1"])
+def test_another_corpus_is_refused_by_a_complete_part(lab: Lab, alone: Path, share: str) -> None:
+    """Where a worker has nothing to build, it reads the whole corpus: no digest of a span would tell."""
+    before = lab.tree(alone)
+    for rows, message in ((lab.rows[::-1], "other settings"), ([*lab.rows, *lab.rows[:2]], "has grown since")):
+        with pytest.raises(MismatchError, match=message):
+            worker(lab, alone, share, data=lab.write(lab.folder / "another.jsonl", rows))
+    assert lab.tree(alone) == before
+
+
+def test_a_corpus_that_grew_under_a_part_that_is_not_complete(lab: Lab, alone: Path, tmp_path: Path) -> None:
+    """A worker builds the rows that the part was begun with, which a build that is none refuses, and says so."""
+    store, data = tmp_path / "store", lab.write(tmp_path / "data.jsonl", lab.rows)
+    worker(lab, store, "1/2", data=data)
+    lab.write(data, [*lab.rows, *lab.rows[:2]])
+    command = ("--span-rows", SPAN_ROWS, "--data", data)
+    refused = lab.build(store, *command)
+    assert refused.code == MismatchError.exit_code
+    assert "part 'part' is not complete: with --worker 1/1 this build completes it" in refused.err
+    completed = lab.build(store, *command, "--worker", "1/1")
+    assert completed.code == 0, completed.err
+    part, whole = (ghoststore.Store.open(place).part() for place in (store, alone))
+    np.testing.assert_array_equal(vectors_of(part), vectors_of(whole))
+    assert "is not complete" not in lab.build(store, *command).err
 
 
 SCRIPTS = {"loop": "for i in", "torchrun": "torchrun", "slurm": "#SBATCH"}

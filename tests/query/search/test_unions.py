@@ -339,6 +339,30 @@ def test_refused(
         )
 
 
+@pytest.mark.parametrize("missing", [("whole", 0), ("first", 0), ("first", 1)])
+def test_rows_that_are_in_two_incomplete_parts(folder: Path, missing: tuple[str, int]) -> None:
+    """Whatever spans are missing, as those of workers are: rows that are there twice are refused."""
+    store = Store.open(folder / "int8")
+    put_back = unbuild(store.part(missing[0]), missing[1])
+    try:
+        for names in (["first", "whole"], ["whole", "first"], ["second", "first", "whole"]):
+            with pytest.raises(MismatchError, match="both have samples"):
+                ask(folder, names, "int8")
+    finally:
+        put_back()
+
+
+def test_parts_with_no_committed_row_in_common(folder: Path) -> None:
+    store = Store.open(folder / "int8")
+    put_back = [unbuild(store.part("whole"), 0, 2, 3), unbuild(store.part("first"), 1)]
+    try:
+        hits = ask(folder, ["first", "whole"], "int8").results[0].hits
+        assert sorted(hit.source_row for hit in hits) == list(range(16))
+    finally:
+        for put in put_back:
+            put()
+
+
 def test_parts_that_are_not_alike(folder: Path, lab: Lab, tmp_path: Path) -> None:
     """Of one checkpoint and two corpora, but with projections that each learned: refused, with the way that works."""
     where: dict[str, Any] = {"checkpoint": lab.checkpoint, "store": tmp_path / "store", "device": "cpu"}
@@ -346,6 +370,32 @@ def test_parts_that_are_not_alike(folder: Path, lab: Lab, tmp_path: Path) -> Non
         ghoststore.build(data=folder / f"{name}.jsonl", name=name, **where)
     with pytest.raises(MismatchError, match=r"projection\.calibration.*`ghoststore build --like first --data"):
         ghoststore.query(store=tmp_path / "store", val_set=folder / "val.jsonl", part=NAMES[:2], device="cpu")
+
+
+def test_other_kept_fields_are_refused(folder: Path, lab: Lab, tmp_path: Path) -> None:
+    """Of parts whose projections are equal without `like`: no condition could be asked of both."""
+    where: dict[str, Any] = {"store": tmp_path / "store", "device": "cpu"}
+    build = {"checkpoint": lab.checkpoint, "projection": ProjectionConfig(rank_total=16, precondition="none"), **where}
+    for name, keep in (("first", ("source",)), ("second", ())):
+        ghoststore.build(data=folder / f"{name}.jsonl", name=name, keep_fields=keep, **build)
+    with pytest.raises(MismatchError, match=r"cannot be ranked as one: storage\.fields is .*'source'"):
+        ghoststore.query(val_set=folder / "val.jsonl", part=NAMES[:2], **where)
+
+
+def test_one_of_them_keeps_texts(folder: Path, lab: Lab, tmp_path: Path) -> None:
+    """Texts are then in that part, those of the other in its corpus; a condition on all of them is refused."""
+    rows, where = corpus_rows(lab), {"store": tmp_path / "store", "device": "cpu"}
+    data = [lab.write(tmp_path / f"{place}.jsonl", part) for place, part in enumerate((rows[:8], rows[8:16]))]
+    ghoststore.build(checkpoint=lab.checkpoint, data=data[0], name="old", store_text=True, **where)
+    ghoststore.build(like="old", data=data[1], name="new", store_text=False, **where)
+    data[0].unlink()
+    for names in (["old", "new"], ["new", "old"]):
+        hits = ghoststore.query(val_set=folder / "val.jsonl", part=names, top_k=20, **where).results[0].hits
+        assert {(hit.part, hit.source_row): hit.text for hit in hits} == {
+            (name, row): rows[first + row]["text"] for name, first in (("old", 0), ("new", 8)) for row in range(8)
+        }
+        with pytest.raises(UsageError, match="does not keep texts"):
+            ghoststore.query(val_set=folder / "val.jsonl", part=names, where="text LIKE '%a%'", **where)
 
 
 def test_a_damaged_row_is_named(folder: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import ghoststore
 from ghoststore import ProjectionConfig
-from ghoststore.errors import UsageError
+from ghoststore.errors import CorpusError, UsageError
 from tests.support.corpora import write_parquet
 from tests.support.selecting import listed, select
 
@@ -106,11 +106,12 @@ def test_one_file_that_grew(lab: Lab, tmp_path: Path) -> None:
     ghoststore.build(checkpoint=lab.checkpoint, data=data, name="old", **where)
     lab.write(data, rows)
     ghoststore.build(like="old", data=data, name="new", skip_samples=16, **where)
-    for part, start, stop in ((["old", "new"], 0, 30), ("old", 0, 16), ("new", 16, 30)):
+    old, new = list(range(16)), list(range(16, 30))
+    for part, places in ((["old", "new"], old + new), (["new", "old"], new + old), ("old", old), ("new", new)):
         report = select(tmp_path / "store", lab.corpus, tmp_path / f"{part}.jsonl", part=part, fraction=1.0)
         written = [json.loads(line) for line in (tmp_path / f"{part}.jsonl").read_text().splitlines()]
-        assert written == rows[start:stop]
-        assert [row["source_row"] for row in listed(report)] == list(range(start, stop))
+        assert written == [rows[place] for place in places]
+        assert [row["source_row"] for row in listed(report)] == places
 
 
 def test_other_forms_are_refused(lab: Lab, tmp_path: Path) -> None:
@@ -121,3 +122,18 @@ def test_other_forms_are_refused(lab: Lab, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="different forms"):
         select(tmp_path / "store", lab.corpus, tmp_path / "out.jsonl", part=["old", "new"], count=3)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(("out", "order"), [("out.parquet", "corpus"), ("out.parquet", "score"), ("out", "corpus")])
+def test_other_columns_are_refused(lab: Lab, tmp_path: Path, out: str, order: str) -> None:
+    """Of fields that no build reads, and that no table can hold with two types."""
+    rows, where = rows_of(lab), {"store": tmp_path / "store", "device": "cpu"}
+    write_parquet(tmp_path / "old.parquet", rows[:12])
+    write_parquet(tmp_path / "new.parquet", [row | {"more": "a word"} for row in rows[12:]])
+    ghoststore.build(checkpoint=lab.checkpoint, data=tmp_path / "old.parquet", name="old", **where)
+    ghoststore.build(like="old", data=tmp_path / "new.parquet", name="new", **where)
+    with pytest.raises(CorpusError, match=r"one file cannot hold both: give `out` a \.jsonl file"):
+        select(tmp_path / "store", lab.corpus, tmp_path / out, part=["old", "new"], fraction=1.0, order=order)
+    assert not (tmp_path / out).exists()
+    select(tmp_path / "store", lab.corpus, tmp_path / "o.jsonl", part=["old", "new"], fraction=1.0, order=order)
+    assert len((tmp_path / "o.jsonl").read_text().splitlines()) == len(rows)
