@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,6 +180,56 @@ def test_a_changed_class_in_memory(tmp_path: Path) -> None:
         ghoststore.build(checkpoint=model, data=data, store=tmp_path / "store")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_memory_is_compared_in(dtype: torch.dtype) -> None:
+    """The dtype of the weights neither makes a deep model another one, nor lets a class pass that is one."""
+    sizes = {"n_layer": 12, "n_head": 12, "n_embd": 192, "vocab_size": 500}
+    assert find_checkpoint(gpt(**sizes).to(dtype)).where.startswith("the GPT in memory")
+    for settings in (sizes, {}):
+        model = gpt(**settings).to(dtype)
+        for block in model.transformer["h"]:
+            block.mlp.gelu = torch.nn.GELU(approximate="tanh")
+        with pytest.raises(CheckpointError, match="other outputs"):
+            find_checkpoint(model)
+
+
+def test_a_fresh_class_in_memory() -> None:
+    """At nanoGPT's first weights, which are small, an approximate GELU changes the logits by 2e-6."""
+    model = gpt()
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            parameter.mul_(0).add_(1.0 if "ln_" in name and name.endswith("weight") else 0.0)
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.02, generator=torch.Generator().manual_seed(parameter.numel()))
+    find_checkpoint(model)
+    for block in model.transformer["h"]:
+        block.mlp.gelu = torch.nn.GELU(approximate="tanh")
+    with pytest.raises(CheckpointError, match="other outputs"):
+        find_checkpoint(model)
+
+
+def test_damaged(tmp_path: Path) -> None:
+    """Whatever byte of the pickle is another: a CheckpointError, or nothing that matters."""
+    path = save(gpt(n_layer=1), tmp_path / "ckpt.pt")
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    name = next(name for name in files if name.endswith("data.pkl"))
+    pickled = files[name]
+    draw = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        harmed = bytearray(pickled)
+        harmed[draw.integers(len(harmed))] = draw.integers(256)
+        with zipfile.ZipFile(path, "w") as archive:
+            for other, data in files.items():
+                archive.writestr(other, bytes(harmed) if other == name else data)
+        with suppress(CheckpointError):
+            find_checkpoint(path)
+            continue
+        refused += 1
+    assert refused > 50
+
+
 def _without(name: str) -> Any:
     return lambda saved: saved["model"].pop(name)
 
@@ -205,6 +256,10 @@ HARMS: dict[str, tuple[Any, str]] = {
         "'transformer.wpe.weight' is no plain tensor",
     ),
     "objects": (lambda s: s.update(config=Path("/")), "cannot be read without running what is in it"),
+    "twice": (
+        lambda s: s["model"].update({"_orig_mod.transformer.ln_f.weight": torch.ones(24)}),
+        "'transformer.ln_f.weight' is there twice",
+    ),
     "nothing": (lambda s: s.clear(), "found $"),
 }
 
@@ -278,8 +333,13 @@ def test_adapters_are_of_folders(tmp_path: Path) -> None:
         find_checkpoint(save(gpt(), tmp_path / "ckpt.pt"), adapter="only")
 
 
-def test_a_corpus_of_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", [None, 2, 4])
+def test_a_corpus_of_torch(protocol: int | None, tmp_path: Path) -> None:
+    """Archives, and files of before, which are pickles."""
     path = save(gpt(), tmp_path / "model.bin")
+    if protocol is not None:
+        saved = gpt().state_dict()
+        torch.save(saved, path, pickle_protocol=protocol, _use_new_zipfile_serialization=False)
     with pytest.raises(CorpusError, match="a file of torch, and no token ids"):
         _ = ghoststore.Corpus.open(path).resolved
 
