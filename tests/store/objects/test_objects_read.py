@@ -118,14 +118,19 @@ def test_credentials_are_written_nowhere(bucket: Bucket, remote: str) -> None:
         "s3:///key",
         "s3://bucket/a/../b",
         "s3://key:word@bucket/x",
+        "S3://key:word@bucket/x",
+        "https://key:word@bucket/x",
         "gs://b/x?sig=1",
+        "s3:bucket/key",
+        "s3://bucket/a\tb",
+        "s3://bucket/a\nb",
     ],
 )
 def test_other_addresses_are_refused(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"s3://|gs://") as refused:
         ghoststore.info(address)
-    assert "word" not in str(refused.value) or "@" not in address
+    assert "word" not in str(refused.value)
     assert not list(tmp_path.iterdir())
 
 
