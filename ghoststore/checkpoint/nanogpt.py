@@ -226,7 +226,8 @@ def _refuse_odd_archive(path: Path) -> None:
             entries = archive.infolist()
     except (OSError, zipfile.BadZipFile, ValueError) as error:
         raise CheckpointError(
-            f"checkpoint {path} is no file that torch.save writes ({error!s:.200}); {_WHAT} in such a file"
+            f"checkpoint {path} is no whole archive, as torch.save writes since torch 1.6 ({error!s:.200}); {_WHAT} in "
+            "such a file: one of before, which you trust, becomes one by torch.save(torch.load(path), path)"
         ) from error
     size = path.stat().st_size
     for entry in entries:

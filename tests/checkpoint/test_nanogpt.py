@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ghoststore
+from ghoststore.checkpoint.in_memory import LoadedCheckpoint
 from ghoststore.checkpoint.load import find_checkpoint, load_model
 from ghoststore.errors import CheckpointError, CorpusError, GhostStoreError, MismatchError, UsageError
 from ghoststore.settings.projection import ProjectionConfig
@@ -152,7 +153,7 @@ def test_a_text_needs_a_tokenizer(lab: Lab, tmp_path: Path) -> None:
 def test_ids_beyond_the_vocabulary(lab: Lab, tmp_path: Path) -> None:
     checkpoint = save(gpt(), tmp_path / "ckpt.pt")
     data = write_stream(tmp_path / "train.bin", [*range(40), 101])
-    with pytest.raises(UsageError, match=r"train\.bin:30': has the token 101, and the tokenizer has ids up to 100"):
+    with pytest.raises(UsageError, match=r"train\.bin:30': has the token 101, and the model takes ids up to 100"):
         ghoststore.build(checkpoint=checkpoint, data=data, store=tmp_path / "store")
     with pytest.raises(UsageError, match="nothing says which tokenizer made them: give `tokenizer`"):
         ghoststore.build(checkpoint=lab.checkpoint, data=data, store=tmp_path / "store")
@@ -300,7 +301,7 @@ def test_a_packed_archive(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is damaged: 'ckpt/data\.pkl' has 1,048,576 bytes"):
         find_checkpoint(path)
     path.write_bytes(save(gpt(), tmp_path / "whole.pt").read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"is no file that torch\.save writes"):
+    with pytest.raises(CheckpointError, match=r"ckpt\.pt is no whole archive, as torch\.save writes"):
         find_checkpoint(path)
 
 
@@ -326,6 +327,19 @@ def test_where_a_folder_is_wanted(lab: Lab, tmp_path: Path) -> None:
     ghoststore.load_nanogpt(path).save_pretrained(tmp_path / "folder")
     done = lab.run(*train, "--checkpoint", tmp_path / "folder", "--tokenizer", lab.checkpoint)
     assert done.code == 0, done.err
+
+
+def test_files_that_are_no_archive(tmp_path: Path) -> None:
+    """One of an older torch becomes one as the error says; one that is not there is not asked for at the hub."""
+    path = tmp_path / "ckpt.pt"
+    with pytest.raises(CheckpointError, match=r"ckpt\.pt: there is no such file"):
+        find_checkpoint(path)
+    save(gpt(), path)
+    torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"torch\.save\(torch\.load\(path\), path\)"):
+        find_checkpoint(path)
+    torch.save(torch.load(path), path)
+    assert find_checkpoint(path).identity() == find_checkpoint(gpt()).identity()
 
 
 def test_adapters_are_of_folders(tmp_path: Path) -> None:
@@ -360,6 +374,9 @@ def test_a_compiled_model_in_memory() -> None:
     compiled = find_checkpoint(torch.compile(model))
     assert compiled.identity() == find_checkpoint(model).identity()
     assert (compiled.name, compiled.where) == ("GPT", "the GPT in memory (float32)")
+    assert isinstance(compiled, LoadedCheckpoint)
+    shared = {parameter.data_ptr() for parameter in model.parameters()}
+    assert {parameter.data_ptr() for parameter in compiled.model.parameters()} == shared
 
 
 def test_changes_in_memory_are_noticed(tmp_path: Path) -> None:
