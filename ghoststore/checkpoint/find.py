@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ghoststore.checkpoint.bounds import ADAPTER_CONFIG, CONFIG, check_config, check_files, read_object
-from ghoststore.checkpoint.nanogpt import is_checkpoint_file
+from ghoststore.checkpoint.nanogpt import SUFFIXES, is_checkpoint_file
 from ghoststore.checkpoint.quantised import refuse_unreadable
 from ghoststore.errors import CheckpointError
 from ghoststore.store.base.opening import open_regular, parse_json
@@ -90,6 +90,8 @@ def locate(source: str | Path) -> Path:
     """The folder of a checkpoint: ``source``, or where the files of a hub id are. CheckpointError if it is none."""
     folder = Path(source)
     if not exists(folder, "checkpoint"):
+        if folder.suffix in SUFFIXES:
+            raise CheckpointError(f"checkpoint {source}: there is no such file")
         folder = from_hub(str(source))
     if is_checkpoint_file(folder):
         raise CheckpointError(

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import pickle
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,8 +22,15 @@ SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 COMPILED = "_orig_mod."
 """What torch.compile puts before the names of parameters."""
 DATA = "data.pkl"
-CLOSE = 1e-4
-"""Largest relative difference of logits that can be rounding, between a model in memory and its GPT-2."""
+CLOSE = 1e-6
+"""Largest relative difference of logits that can be rounding, between a model in memory and its GPT-2, both in float64;
+some classes compute norms in float32."""
+
+DAMAGE = (
+    *(RuntimeError, OSError, EOFError, LookupError, TypeError, AttributeError, AssertionError, ValueError),
+    *(OverflowError, struct.error),
+)
+"""What torch.load raises, beside UnpicklingError, where bytes of a file are others."""
 
 _TRANSPOSED = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 """Modules whose weight transformers keeps as (inputs, outputs)."""
@@ -81,12 +90,14 @@ def read_file(path: Path, *, zero_biases: bool = False) -> Any:
     _refuse_odd_archive(path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises its own, and pickle's, and what a damaged file leads to
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"checkpoint {path} cannot be read without running what is in it ({reason:.300}); load it where you trust "
-            'it, and save what is needed: torch.save({"model": model.state_dict(), "model_args": model_args}, path)'
+            f"checkpoint {path} cannot be read without running what is in it ({_reason(error)}); load it where you "
+            'trust it, and save what is needed: torch.save({"model": model.state_dict(), "model_args": model_args}, '
+            "path)"
         ) from error
+    except DAMAGE as error:
+        raise CheckpointError(f"checkpoint {path} is damaged, or cannot be read ({_reason(error)})") from error
     if not isinstance(saved, dict) or not {"model", "model_args"} <= set(saved):
         found = ", ".join(map(repr, list(saved)[:6])) if isinstance(saved, dict) else type(saved).__name__
         raise CheckpointError(f"checkpoint {path}: {_WHAT}; found {found}")
@@ -102,20 +113,23 @@ def convert_loaded(model: Any) -> Any:
     CheckpointError for a model whose outputs are others than those of that GPT-2: its class was changed.
     """
     import torch
+    from torch.func import functional_call
 
     config, what = model.config, f"the {type(model).__name__} in memory"
     args = {name: getattr(config, name) for name in SIZES} | {"bias": getattr(config, "bias", True)}
     converted = as_gpt2(model.state_dict(), args, what).train(model.training)
-    ids = torch.arange(min(16, args["block_size"]), device=converted.device).mul(7).remainder(args["vocab_size"])[None]
-    modes = [(module, module.training) for module in (*model.modules(), *converted.modules())]
+    wide = {name: parameter.detach().double() for name, parameter in model.named_parameters(remove_duplicate=False)}
+    same = as_gpt2(wide, args, what)  # it shares the memory of these
+    ids = torch.arange(min(16, args["block_size"]), device=same.device).mul(7).remainder(args["vocab_size"])[None]
+    modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        converted.eval()
         with torch.no_grad():
-            own, other = model(ids, ids), converted(input_ids=ids).logits
-    except Exception as error:
+            own, other = functional_call(model, wide, (ids, ids), tie_weights=False), same(input_ids=ids).logits
+    except Exception as error:  # the forward pass is a user's, and may raise anything
         raise CheckpointError(
-            f"{what} looks like a model of nanoGPT, and cannot be run as one, model(idx, targets): {error!s:.300}"
+            f"{what} looks like a model of nanoGPT, and cannot be run as one, model(idx, targets), in float64: "
+            f"{error!s:.300}"
         ) from error
     finally:
         for module, training in modes:
@@ -125,8 +139,8 @@ def convert_loaded(model: Any) -> Any:
         raise CheckpointError(
             f"{what}: expected (logits, loss) with logits {tuple(other.shape)} from model(idx, targets)"
         )
-    apart = float((own.float() - other.float()).abs().max() / other.float().abs().max().clamp_min(1e-9))
-    if not apart <= CLOSE * (1 if own.dtype == torch.float32 else 100):
+    apart = float((own - other).abs().max() / other.abs().max().clamp_min(1e-9))
+    if not apart <= CLOSE:
         raise CheckpointError(
             f"{what} has the parameters of nanoGPT's model and other outputs (logits are {apart:.1e} apart), so its "
             "class was changed: as a checkpoint it is not supported. Its gradients can be had from the engine, "
@@ -201,6 +215,10 @@ def as_gpt2(state: Mapping[Any, Any], args: Mapping[Any, Any], what: str, *, zer
 _WEIGHTS = tuple(f"{name}.weight" for name in _TRANSPOSED)
 
 
+def _reason(error: Exception) -> str:
+    return f"{(str(error).strip() or type(error).__name__).splitlines()[0]:.300}"
+
+
 def _refuse_odd_archive(path: Path) -> None:
     """CheckpointError for a file that is no archive of torch.save, or that may unpack to more than its own size."""
     try:
@@ -208,7 +226,8 @@ def _refuse_odd_archive(path: Path) -> None:
             entries = archive.infolist()
     except (OSError, zipfile.BadZipFile, ValueError) as error:
         raise CheckpointError(
-            f"checkpoint {path} is no file that torch.save writes ({error!s:.200}); {_WHAT} in such a file"
+            f"checkpoint {path} is no whole archive, as torch.save writes since torch 1.6 ({error!s:.200}); {_WHAT} in "
+            "such a file: one of before, which you trust, becomes one by torch.save(torch.load(path), path)"
         ) from error
     size = path.stat().st_size
     for entry in entries:
@@ -247,6 +266,8 @@ def _tensors(state: Mapping[Any, Any], layers: int, what: str) -> dict[str, Any]
         name = name.removeprefix(COMPILED)
         if name.endswith(".attn.bias") and tensor.dim() == 4:
             continue
+        if name in tensors:
+            raise CheckpointError(f"{what}: {name!r:.80} is there twice, with and without {COMPILED!r} before it")
         tensors[name] = tensor.detach()
     if len({tensor.dtype for tensor in tensors.values()}) != 1 or not next(iter(tensors.values())).is_floating_point():
         raise CheckpointError(f"{what}: expected tensors of one dtype of floats, found {_dtypes(tensors)}")

@@ -179,6 +179,8 @@ def refuse_remote(name: str, value: Any) -> None:
     """
     if not isinstance(value, str | Path) or not _REMOTE.match(str(value)):
         return
+    if set("@?") & set(str(value)):  # which may be of credentials
+        value = f"{str(value).partition(':')[0]}://…"
     if name in STORES:
         if not _OBJECTS.match(str(value)):
             raise UsageError(

@@ -229,7 +229,7 @@ class GradProjLoraEngine:
             raise unsupported(
                 f"the forward pass did not run {len(missing)} projected layer(s): this input does not use them, or "
                 f"their weights are used without calling them. Leave them out: `exclude_layers` '{','.join(missing)}'"
-                f"{_OLD_GRAPH if compiled else ''}",
+                f"{_OLD_GRAPH if is_compiled(self._given) else ''}",
                 missing,
             )
         self._flat_rows.check()

@@ -91,6 +91,7 @@ class PairTokenizer(Tokenizer):
                     "and `overlong` is error"
                 )
             status = Status.TOO_LONG if settings.overlong == "skip" else Status.TRUNCATED
+        start = self._start(target) if len(target) else NO_TOKENS  # of all of it: its end may say the start (mBart)
         source, target = source[:limit], target[: limit - 1]
         if not len(source):
             status = Status.EMPTY
@@ -99,7 +100,6 @@ class PairTokenizer(Tokenizer):
         if status.usable:
             for tokens in (source, target):
                 self.refuse_beyond(tokens, sample.id, sample.source_row)
-        start = self._start(target) if len(target) else NO_TOKENS
         return Row(sample, 0, 0, np.concatenate([start, target]), 1, status, source)
 
     def _start(self, target: Tokens) -> Tokens:

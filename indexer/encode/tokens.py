@@ -190,10 +190,12 @@ class Tokenizer:
             )
         largest = int(content.ids.max(initial=-1))
         if largest >= self.size:
-            raise UsageError(
-                f"{sample}: has the token {largest}, and the tokenizer has ids up to {self.size - 1}: it is not the "
-                "one that made them"
+            other = (
+                f"the model takes ids up to {self.size - 1}: it is of another vocabulary"
+                if isinstance(self.tokenizer, TokenIds)
+                else f"the tokenizer has ids up to {self.size - 1}: it is not the one that made them"
             )
+            raise UsageError(f"{sample}: has the token {largest}, and {other}")
 
     def refuse_beyond(self, tokens: Tokens, sample_id: str, source_row: int) -> None:
         """UsageError if one of ``tokens`` has no row in the model's embedding."""

@@ -56,6 +56,13 @@ def test_windows(window: int, at_once: int, tmp_path: Path, monkeypatch: pytest.
         assert all(s.content.first_target == 1 for s in samples)
 
 
+@pytest.mark.parametrize("first", [640, 1152])
+def test_the_first_ids_look_like_a_pickle(first: int, tmp_path: Path) -> None:
+    """These are tokens as others, though their bytes are those that a pickle begins with."""
+    samples = read(write_stream(tmp_path / "train.bin", [first, *IDS]), ids_window=8)
+    assert ids_of(samples[0]) == [first, *IDS[:7]]
+
+
 @pytest.mark.parametrize("at_once", [1, 3, 1 << 19])
 def test_documents(at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_stream, "AT_ONCE", at_once)

@@ -30,8 +30,10 @@ LOOKED_AT = 4096
 """Ids from which one sees that they are wider than uint16."""
 _MAGIC, _HEADER = 20240520, 1024
 _VERSIONS = {1: "uint16", 7: "uint32"}
-_OF_TORCH = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")
-"""How files of torch.save begin, which are called .bin, too."""
+_ARCHIVE = b"PK\x03\x04"
+_OF_TORCH = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+"""What is at the head of older files of torch.save, which are called .bin, too; newer ones are archives. The two bytes
+that a pickle begins with would not do: they are a token, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ class _Stream:
             size = self._file.seek(0, 2)
             self._file.seek(0)
             head = self._file.read(_HEADER) or b""
-        if head.startswith(_OF_TORCH):
+        if head.startswith(_ARCHIVE) or _OF_TORCH in head[:64]:
             raise CorpusError(f"{path}: a file of torch, and no token ids (a checkpoint?)")
         own, self._begin = self._header(head)
         if own and form.ids_dtype not in (None, own):

@@ -21,7 +21,9 @@ from ghoststore.errors import GhostStoreError, StorageError, UsageError
 from ghoststore.settings.option import refuse_remote
 from ghoststore.store.base.objects import IN_FLIGHT, SCHEMES, Found, Objects, objects_of
 
-_ADDRESS = re.compile(rf"({'|'.join(SCHEMES)}):/{{1,2}}(.*)", re.DOTALL)
+_ADDRESS = re.compile(rf"({'|'.join(SCHEMES)}):(/{{0,2}})(.*)", re.DOTALL)
+_NO_KEY = re.compile(r"[?#@%\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Characters of a query or of credentials, and those that no object's name can have."""
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 
 
@@ -244,15 +246,17 @@ def location(place: str | Path) -> Path:
     address = _ADDRESS.fullmatch(str(place))
     if address is None:
         return Path(place)
-    bucket, _, key = address[2].partition("/")
+    scheme, slashes, rest = address.groups()
+    bucket, _, key = rest.partition("/")
     keys = [part for part in key.split("/") if part]
-    if not _BUCKET.fullmatch(bucket) or {".", ".."} & set(keys) or any(c in key for c in "?#@%\\"):
-        shown = "" if "@" in address[2] or "?" in address[2] else f" {str(place)!r:.200}"
+    if not slashes or not _BUCKET.fullmatch(bucket) or {".", ".."} & set(keys) or _NO_KEY.search(key):
+        shown = "" if "@" in rest or "?" in rest else f" {str(place)!r:.200}"
         raise UsageError(
-            f"the address{shown} of the store cannot be used: write {address[1]}://BUCKET/PREFIX, without credentials "
-            "(these come from the environment) and without ? # @ % in it; a bucket's name has 3 to 63 characters"
+            f"the address{shown} of the store cannot be used: write {scheme}://BUCKET/PREFIX, without credentials "
+            "(these come from the environment) and without ? # @ % or control characters in it; a bucket's name has 3 "
+            "to 63 characters"
         )
-    return ObjectPath(f"{address[1]}:", bucket, *keys)
+    return ObjectPath(f"{scheme}:", bucket, *keys)
 
 
 def refuse_objects(place: str | Path | None, parameter: str, what: str, advice: str) -> None:

@@ -266,7 +266,7 @@ def _clear(folder: Path, span: int, numbers: Iterable[int]) -> None:
 def _drop_staged(folder: Path, span: int, number: int) -> None:
     """Remove what is staged for an intent of a span that has a record."""
     try:
-        staged = unseal(read_bounded(_intent_path(folder, span, number), LARGEST_COMMIT))["staged"]
-    except (FileNotFoundError, ValueError, KeyError):
+        staged = dict(unseal(read_bounded(_intent_path(folder, span, number), LARGEST_COMMIT))["staged"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return
     _drop(folder, {str(key): str(name) for key, name in staged.items() if _STAGED.fullmatch(str(name))})

@@ -189,6 +189,20 @@ def test_lengths(tokenizer: Any, tmp_path: Path) -> None:
         ghoststore.build(**options, store=tmp_path / "other", overlong="window")
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_start_of_a_cut_row(name: str, tokenizer: Any) -> None:
+    """The decoder starts a completion that is cut as it starts the whole: mBart with the token that ends it."""
+    rows = tokenizer_for(make(name, tokenizer), tokenizer)
+    samples = list(Corpus.open([{**ROWS[2], "completion": ROWS[3]["completion"]}]).samples())
+    ((whole,),) = rows.rows(samples, LONG)
+    ((cut,),) = rows.rows(samples, TokenSettings(max_length=6))
+    assert cut.source is not None
+    assert whole.source is not None
+    assert min(len(whole.tokens), len(whole.source)) > 6
+    assert cut.tokens.tolist() == whole.tokens[:6].tolist()
+    assert cut.source.tolist() == whole.source[:6].tolist()
+
+
 def test_refused(tokenizer: Any, tmp_path: Path) -> None:
     """Before a part is begun. Commands for causal models name those that take it."""
     model = make("t5", tokenizer)

@@ -14,6 +14,7 @@ from ghoststore.errors import CaptureError
 from ghoststore.settings.projection import ProjectionConfig
 from indexer.dotprod import GradDotProdEngine
 from indexer.encode.engine import GradProjLoraEngine
+from indexer.encode.uses import FrozenInCalls
 from tests.support.around import Around
 from tests.support.oracle import naive, relative_error
 from tests.support.scoring import check, exact_plain, plain_step, sum_of_squares
@@ -256,3 +257,63 @@ def test_a_model_that_does_not_run_on_one_sample(count: int) -> None:
     model = Around(nn.Linear(Around.width, Around.width), pairs).eval()
     with GradProjLoraEngine(model, ALL) as engine, pytest.raises(CaptureError, match="layer"):
         collected(engine, LOOPS[0], X[:count])
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_use_right_beside_a_call(order: str) -> None:
+    """Autograd numbers its operation next to those of the call."""
+    model = Around(nn.Linear(Around.width, Around.width)).eval()
+    with GradDotProdEngine(model, VAL, val_losses=sum_of_squares, val_refresh_interval=100) as engine:
+        plain_step(engine, model, X)
+        if order == "after":
+            model.call = lambda layer, x: layer(x) + layer.weight.sum()  # type: ignore[operator]
+        else:
+            model.call = lambda layer, x: layer.weight.sum() + layer(x)  # type: ignore[operator]
+        with pytest.raises(CaptureError, match=SEEN_NOWHERE):
+            plain_step(engine, model, X)
+
+
+def test_what_a_model_that_does_not_run_on_one_sample_hides() -> None:
+    """No use of a weight shows it; the second batch is held against autograd as a whole."""
+
+    def pairs(layer: nn.Module, x: Tensor) -> Tensor:
+        if len(x) == 1:
+            raise ValueError("not one")
+        return layer(x) + layer.kept  # type: ignore[no-any-return,operator]
+
+    model = Around(KeepsInside(Around.width, Around.width), pairs).eval()
+    with GradProjLoraEngine(model, ALL) as engine:
+        collected(engine, LOOPS[0], X)
+        with pytest.raises(CaptureError, match="its gradient is not autograd's"):
+            collected(engine, LOOPS[0], X)
+
+
+class Outer(nn.Module):
+    """Uses the weight of the module inside, which it calls first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(Around.width, Around.width)
+        self.weight = self.inner.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return y + F.linear(torch.tanh(x), self.weight)
+
+
+def test_calls_inside_calls() -> None:
+    """The weight is used inside the outer call after the inner one ended, and hidden only where both ended."""
+    model = Around(Outer())
+    weight = model.layer.inner.weight  # type: ignore[union-attr]
+    uses = FrozenInCalls(model, {"layer": [weight], "layer.inner": [weight]})  # type: ignore[dict-item,list-item]
+    handles = uses.attach()
+    for call, hidden in (
+        (lambda layer, x: layer(x), []),
+        (lambda layer, x: layer(x) + F.linear(x, layer.weight), [weight]),
+    ):
+        model.call = call  # type: ignore[assignment]
+        uses.begin(whole=False)
+        assert [id(x) for x in uses.hidden(model(X).sum())] == [id(x) for x in hidden]
+        uses.end()
+    for handle in handles:
+        handle.remove()

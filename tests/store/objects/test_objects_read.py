@@ -18,7 +18,7 @@ from ghoststore.store.base.object_path import NoFileError, ObjectPath, local_cac
 from ghoststore.store.base.objects import objects_of
 from query.ann.rows import ROW, CheckedRows, digest_of
 from tests.support.made_parts import clustered, make_part
-from tests.support.object_server import KEY, SECRET, first
+from tests.support.object_server import KEY, SECRET, Request, first
 
 if TYPE_CHECKING:
     from tests.store.objects.conftest import Bucket
@@ -118,14 +118,19 @@ def test_credentials_are_written_nowhere(bucket: Bucket, remote: str) -> None:
         "s3:///key",
         "s3://bucket/a/../b",
         "s3://key:word@bucket/x",
+        "S3://key:word@bucket/x",
+        "https://key:word@bucket/x",
         "gs://b/x?sig=1",
+        "s3:bucket/key",
+        "s3://bucket/a\tb",
+        "s3://bucket/a\nb",
     ],
 )
 def test_other_addresses_are_refused(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"s3://|gs://") as refused:
         ghoststore.info(address)
-    assert "word" not in str(refused.value) or "@" not in address
+    assert "word" not in str(refused.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -175,6 +180,28 @@ def test_copies_go_both_ways(bucket: Bucket, remote: str, tmp_path: Path) -> Non
     ghoststore.remove("s3://bucket/back", part="part")
     assert Store.open("s3://bucket/back").part_names() == ["twin"]
     assert not [name for name in bucket.tree("back") if name.startswith("parts/part/")]
+
+
+def test_a_removal_that_is_cut_short_is_no_damage(bucket: Bucket, remote: str) -> None:
+    """The part is gone with its first object; the same command removes the rest."""
+    store = "s3://bucket/going"
+    ghoststore.copy(remote, part="part", to_store=store)
+    before = bucket.tree("going")
+    removed: list[Request] = []
+
+    def later(request: Request) -> bool:
+        removed.extend([request] * (request.method == "POST"))
+        return request.method == "POST" and len(removed) > 1
+
+    bucket.server.refuse = later
+    with pytest.raises(StorageError, match="cannot remove"):
+        ghoststore.remove(store, part="part")
+    bucket.server.reset()
+    assert len(bucket.tree("going")) == len(before)  # without its zarr.json, with an intent
+    assert Store.open(store).part_names() == []
+    assert ghoststore.verify(store).damage == []
+    ghoststore.remove(store, part="part")
+    assert not [name for name in bucket.tree("going") if name.startswith("parts/part/")]
 
 
 def test_a_damaged_file_is_not_copied(bucket: Bucket, tmp_path: Path) -> None:
