@@ -61,7 +61,8 @@ def _print(report: Any) -> None:
 
 def _next(report: Any) -> list[str]:
     """Commands that run as they are, once the part is complete and has rows to ask for."""
-    from ghoststore.store import Status
+    from ghoststore.store import Status, Store
+    from query.search.second_moment import LARGEST_BLOCK
 
     answerable = any(count for name, count in report.statuses.items() if Status[name.upper()].usable)
     if report.dry_run or not answerable or sum(report.statuses.values()) < report.rows:
@@ -69,9 +70,12 @@ def _next(report: Any) -> list[str]:
     of_part = f"--store {shlex.quote(report.store)} --part {shlex.quote(report.part)}"
     ask = f"ghoststore query {of_part} --val-set "
     question = QUESTIONS.get(report.manifest["corpus"]["fields"]["kind"])
+    own = "val.bin" if report.manifest["source"]["form"] == "token-stream" else "val.jsonl"
+    part = Store.open(report.store).part(report.part)
+    small = max(stop - start for _, start, stop in part.groups) <= LARGEST_BLOCK  # plain gradients are one block
     return [
-        f"{ask}val.jsonl" if question is None else f"echo '{question}' | {ask}-",
-        f"ghoststore self-influence {of_part}",
+        f"{ask}{own}" if question is None else f"echo '{question}' | {ask}-",
+        *([f"ghoststore self-influence {of_part}"] if small else []),
         f"ghoststore info {of_part}",
     ]
 

@@ -11,7 +11,7 @@ from importlib.resources import files
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -67,6 +67,7 @@ def application(options: ServeOptions, questions: Questions, token: str, port: i
             HTTPException: _http,
             TooLargeError: _large,
             WithdrawnError: _withdrawn,
+            ClientDisconnect: _withdrawn,  # within the body
             Exception: _bug,
         },
     )

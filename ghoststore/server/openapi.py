@@ -18,8 +18,10 @@ ERRORS = {
     "404": "There is no such part or row.",
     "409": "Settings do not fit what is stored (exit code 3).",
     "413": "The body is too large.",
+    "415": "The body is not said to be JSON.",
     "500": "Stored bytes are damaged (exit code 4), or a bug (1).",
     "503": "Too many questions wait (exit code 5).",
+    "507": "The disk failed (exit code 6).",
 }
 TYPES: dict[Any, str] = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
@@ -44,18 +46,19 @@ def document() -> dict[str, Any]:
         "security": [{"token": []}],
         "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         "paths": {
-            "/api/store": {"get": _operation("What `ghoststore info --json` prints.", "400 500")},
+            "/api/store": {"get": _operation("What `ghoststore info --json` prints.", "400 500 507")},
             "/api/query": {
                 "post": {
                     **_operation(
-                        "What `ghoststore query --json` prints, and `explorer`: words about it.", "400 409 413 500 503"
+                        "What `ghoststore query --json` prints, and `explorer`: words about it.",
+                        "400 409 413 415 500 503 507",
                     ),
                     "requestBody": body,
                 }
             },
             "/api/sample/{part}/{row}": {
                 "get": {
-                    **_operation("A sample, by its row in the corpus: text, kept fields, status.", "400 404 500"),
+                    **_operation("A sample, by its row in the corpus: text, kept fields, status.", "400 404 500 507"),
                     "parameters": row,
                 }
             },

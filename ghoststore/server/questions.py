@@ -10,7 +10,6 @@ from typing import Any
 from ghoststore.errors import BusyError, UsageError
 from ghoststore.progress import Task
 from ghoststore.server.command_line import command_line
-from ghoststore.settings.keywords import refuse_unknown
 from ghoststore.settings.serve import ServeOptions
 from ghoststore.shown import json_text
 from ghoststore.store import Store
@@ -111,10 +110,9 @@ def check(question: Mapping[str, Any]) -> dict[str, Any]:
     """``question`` as keywords of a session. UsageError for options that are unknown, and for val sets that are no
     lists of texts or rows: a word would be a path.
     """
-    try:
-        refuse_unknown("query", question, OFFERED)
-    except TypeError as error:
-        raise UsageError(f"{error}; the explorer knows {', '.join(OFFERED)}") from None
+    for name in question:
+        if name not in OFFERED:
+            raise UsageError(f"a question to the explorer has no keyword {name!r}; it has {', '.join(OFFERED)}")
     given = {name: value for name, value in question.items() if value is not None}
     if "val_set" not in given:
         raise UsageError("a question needs a `val_set`: a list of texts, or of rows")

@@ -102,6 +102,13 @@ class EvaluateOptions(
     out: str | Path = field(
         metadata=about("Folder for the results of the trainings; resumes there.", "Output", metavar="FOLDER")
     )
+    part: str | Sequence[str] | None = option(
+        None,
+        "Part of the store (default: the only one). Repeated: builds of the same rows at successive checkpoints, whose "
+        "scores are summed.",
+        "Input",
+        repeated=True,
+    )
     run: str | None = option(None, "Evaluate the values of this training run as well.", "Input")
     methods: Sequence[str] = option(
         METHODS,

@@ -167,7 +167,7 @@ class Tokenizer:
             elif isinstance(self.tokenizer, TokenIds):
                 raise UsageError(
                     f"{sample}: the tokens are of token shards, which have their tokenizer beside them, and the "
-                    "checkpoint has none: give `tokenizer`, the folder `tokenizer` in that of the shards"
+                    "checkpoint has none: give it as `tokenizer`, SHARDS/tokenizer"
                 )
             elif identity["fingerprint"] != self.identity["fingerprint"]:
                 raise MismatchError(

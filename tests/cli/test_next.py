@@ -12,6 +12,7 @@ from rich.console import Console
 from ghoststore.cli import terminal
 from ghoststore.cli.build import QUESTIONS
 from ghoststore.cli.terminal import print_next
+from query.search.second_moment import LARGEST_BLOCK
 
 if TYPE_CHECKING:
     from tests.conftest import Lab, Outcome
@@ -55,6 +56,17 @@ def test_after_a_build(lab: Lab, tmp_path: Path, kind: str) -> None:
         assert outcome.out
     for more in (["--json"], ["--dry-run"]):
         assert "\nnext\n" not in lab.run(*words, *more, cwd=tmp_path).out
+
+
+def test_after_a_build_with_a_block_too_large_for_self_influence(lab: Lab, tmp_path: Path) -> None:
+    """No matrix of so many numbers is made: self-influence refuses such a part, and is not proposed."""
+    lab.write(tmp_path / "train.jsonl", [{"text": "the cat sees a dog"}])
+    words = ["build", "--checkpoint", lab.checkpoint, "--data", "train.jsonl", "--store", "store"]
+    words += ["--proj-precondition", "none", "--proj-layers", "all", "--proj-compress", str(LARGEST_BLOCK + 1)]
+    lines = next_of(lab.run(*words, cwd=tmp_path))
+    assert [line.rpartition("ghoststore ")[2].split()[0] for line in lines] == ["query", "info"]
+    assert all(pasted(lab, line, tmp_path).code == 0 for line in lines)
+    assert "a matrix of at most" in lab.run("self-influence", "--store", "store", cwd=tmp_path).err
 
 
 def test_after_a_build_without_a_row_to_ask_for(lab: Lab, tmp_path: Path) -> None:

@@ -110,6 +110,14 @@ def test_errors_are_said(page: Any, explorer: ghoststore.Explorer) -> None:
     page.wait_for_selector(".problem")
     assert "nonesuch" in page.locator(".problem").text_content()
     assert page.locator("#go").is_enabled()
+    page.locator("#where").fill("")
+    page.locator("#text").fill("")
+    page.get_by_role("button", name="Rank").click()
+    page.get_by_text("there is no text yet").wait_for()
+    page.get_by_label("Prompt and completion").check()
+    page.locator("#prompt").fill("the old")
+    page.get_by_role("button", name="Rank").click()
+    page.get_by_text("A completion is missing").wait_for()
 
 
 def test_without_the_token_nothing_is_shown(page: Any, explorer: ghoststore.Explorer) -> None:
@@ -128,6 +136,13 @@ def test_a_file_is_asked(page: Any, explorer: ghoststore.Explorer, tmp_path: Pat
     page.wait_for_selector(".hit")
     val_set = [{"text": "a river"}, {"text": "the moon"}]
     answer = ghoststore.query(store=explorer._questions._options.store, val_set=val_set)[0]
+    assert page.locator(".hit .id").all_text_contents() == [hit.id for hit in answer]
+    texts = tmp_path / "val.txt"
+    texts.write_bytes(b"a river\r\n\r\nthe moon\r\n")
+    page.locator("#file").set_input_files(texts)
+    page.get_by_role("button", name="Rank").click()
+    page.wait_for_selector("#go:enabled")
+    assert '{"text": "a river"}' in page.locator(".again pre").text_content()
     assert page.locator(".hit .id").all_text_contents() == [hit.id for hit in answer]
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ pytest.importorskip("uvicorn", reason="the explorer needs uvicorn")
 
 from ghoststore.server.app import pages
 from ghoststore.server.guard import HEADERS, MOST_BODY
+from ghoststore.server.problems import STATUSES
 from ghoststore.server.questions import MOST_ROWS, MOST_WAITING, OFFERED
 
 if TYPE_CHECKING:
@@ -130,7 +132,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"val_set": []}, "`val_set` is a list of texts, or of rows"),
     ({"val_set": ["x", {"text": "y"}]}, "`val_set` is a list of texts, or of rows"),
     ({"val_set": ["a cat"], "minus": "minus.jsonl"}, "`minus` is a list of texts, or of rows"),
-    ({"val_set": ["a cat"], "report": "x.html"}, "no keyword 'report'"),
+    ({"val_set": ["a cat"], "report": "x.html"}, "a question to the explorer has no keyword 'report'"),
     ({"val_set": ["a cat"], "data": "/etc/passwd"}, "no keyword 'data'"),
     ({"val_set": ["a cat"], "part": ["part"]}, "`part` is the name of one part"),
     ({"val_set": ["a cat"], "part": "../part"}, "part"),
@@ -261,6 +263,19 @@ def test_large_bodies_are_refused(explorer: ghoststore.Explorer) -> None:
     assert ask(explorer, "/api/store")[0] == 200
 
 
+def test_an_asker_who_leaves_within_the_question_is_no_bug(
+    explorer: ghoststore.Explorer, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = f"POST /api/query HTTP/1.1\r\nHost: 127.0.0.1:{explorer.port}\r\nAuthorization: Bearer {explorer.token}\r\n"
+    with socket.create_connection(("127.0.0.1", explorer.port), timeout=60) as asker:
+        asker.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{{".encode())
+        asker.shutdown(socket.SHUT_WR)
+        while asker.recv(65_536):
+            pass
+    assert ask(explorer, "/api/store")[0] == 200
+    assert caplog.records == []
+
+
 def test_other_methods_and_types(explorer: ghoststore.Explorer) -> None:
     assert ask(explorer, "/api/query")[0] == 405
     assert ask(explorer, "/api/store", {}, method="POST")[0] == 405
@@ -294,6 +309,7 @@ def test_the_openapi_document(explorer: ghoststore.Explorer) -> None:
     query = document["paths"]["/api/query"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert set(query["properties"]) == set(OFFERED)
     assert set(query["properties"]["metric"]["enum"]) == {"dot", "cosine"}
+    assert {str(status) for status in STATUSES.values()} < set(document["paths"]["/api/query"]["post"]["responses"])
 
 
 def test_a_question_that_runs_is_given_up_at_the_end(built: Path) -> None:

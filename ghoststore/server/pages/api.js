@@ -26,7 +26,11 @@ export async function request(path, body, signal) {
     if (error.name === "AbortError") throw error;
     throw new Error("The server does not answer: it has ended. Start `ghoststore serve` again, and open its new address.");
   }
-  const document = await answer.json();
-  if (!answer.ok) throw new Error(document.error.message);
-  return document;
+  if (answer.ok) return answer.json();
+  const said = await answer.text();
+  let words = said; // the HTTP server itself says what it refuses in plain text
+  try {
+    words = JSON.parse(said).error.message;
+  } catch { /* no JSON */ }
+  throw new Error(words);
 }

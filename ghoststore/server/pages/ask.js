@@ -48,12 +48,21 @@ function state() {
   return values;
 }
 
+const EMPTY = "Say what to rank by: there is no text yet.";
+
 async function valSet() {
-  if (kind() === "prompt") return [{ prompt: byId("prompt").value, completion: byId("completion").value }];
-  if (kind() === "text") return [byId("text").value];
+  if (kind() === "prompt") {
+    const row = { prompt: byId("prompt").value, completion: byId("completion").value };
+    if (!row.completion) throw new Error("A completion is missing: the model is asked to say it after the prompt.");
+    return [row];
+  }
+  if (kind() === "text") {
+    if (!byId("text").value) throw new Error(EMPTY);
+    return [byId("text").value];
+  }
   const [file] = byId("file").files;
   if (!file) throw new Error("Choose a file first: jsonl, one row a line.");
-  const lines = (await file.text()).split("\n");
+  const lines = (await file.text()).split(/\r?\n/);
   if (file.name.endsWith(".txt")) return lines.filter((line) => line.trim());
   return lines.flatMap((line, place) => {
     if (!line.trim()) return [];
