@@ -2,10 +2,12 @@
 
 import { link, request } from "./api.js";
 import { busy, byId, copyButton, make, problem, whole } from "./dom.js";
+import { ranking } from "./hits.js";
+import { legend } from "./tokens.js";
 
 const FIELDS = ["text", "prompt", "completion", "part", "metric", "top-k", "bottom-k", "where", "minus", "layers", "lexical"];
+const SWITCHES = ["tokens"];
 const DEFAULTS = { "top-k": "10", "bottom-k": "0" };
-const LONG = 700;
 const form = byId("ask");
 const answer = byId("answer");
 let shown = null; // the fragment whose answer is shown
@@ -23,6 +25,7 @@ function fill(store, state) {
   for (const name of FIELDS) {
     if (name !== "part") byId(name).value = state.get(name) ?? DEFAULTS[name] ?? "";
   }
+  for (const name of SWITCHES) byId(name).checked = state.has(name);
   if (parts.includes(state.get("part"))) byId("part").value = state.get("part");
   form.elements.kind.value = state.has("prompt") || state.has("completion") ? "prompt" : state.get("kind") === "file" ? "file" : "text";
   byId("more").open = ["minus", "layers", "lexical"].some((name) => state.has(name));
@@ -44,6 +47,7 @@ function state() {
     const { value } = byId(name);
     if (value !== "" && value !== DEFAULTS[name] && !left.includes(name)) values.set(name, value);
   }
+  for (const name of SWITCHES) if (byId(name).checked) values.set(name, "1");
   if (kind() === "file") values.set("kind", "file");
   return values;
 }
@@ -82,6 +86,7 @@ async function question() {
   if (value("minus")) asked.minus = [value("minus")];
   if (value("layers")) asked.layers = value("layers").split(",").map((word) => word.trim());
   if (value("lexical")) asked.lexical = Number(value("lexical"));
+  if (byId("tokens").checked) asked.tokens = true;
   return asked;
 }
 
@@ -103,37 +108,6 @@ async function ask() {
   answer.setAttribute("aria-busy", "false");
 }
 
-const product = (hit) => (hit.similarity === undefined ? hit.score : hit.similarity);
-
-function hitCard(hit, settings, largest) {
-  const inUnit = hit.nats !== null;
-  const number = inUnit ? hit.nats : product(hit);
-  const digits = (inUnit ? number.toExponential(2) : number.toPrecision(4)).replaceAll("-", "\u2212");
-  const score = `${digits} ${inUnit ? settings.unit.name : settings.metric}`;
-  const bar = make("span");
-  bar.style.width = `${largest ? (100 * Math.abs(number)) / largest : 0}%`;
-  const text = hit.text === null
-    ? make("p", { class: "none" }, "text not shown: the corpus is gone, or has changed")
-    : make("p", { class: hit.text.length > LONG ? "text long" : "text" }, hit.text);
-  const place = `#/sample/${encodeURIComponent(settings.part)}/${hit.source_row}`;
-  return make("li", { class: "card hit" },
-    make("span", { class: "rank" }, whole(hit.rank)),
-    make("div", {},
-      make("div", { class: "line" },
-        make("span", { class: "score" }, score),
-        hit.bm25 === undefined ? null : make("span", { class: "hint" }, `hybrid ${hit.score.toPrecision(4)}, BM25 ${hit.bm25.toPrecision(4)}`),
-        make("a", { class: "id", href: place }, hit.id),
-        hit.domain === null ? null : make("span", { class: "domain" }, hit.domain)),
-      make("div", { class: number < 0 ? "bar down" : "bar", "aria-hidden": "true" }, bar),
-      text));
-}
-
-function ranking(title, hits, settings) {
-  if (!hits || !hits.length) return [];
-  const largest = Math.max(...hits.map((hit) => Math.abs(hit.nats === null ? product(hit) : hit.nats)));
-  return [make("h2", {}, title), make("ol", { class: "hits" }, ...hits.map((hit) => hitCard(hit, settings, largest)))];
-}
-
 function show(result) {
   const { settings, explorer } = result;
   const blocks = [];
@@ -149,6 +123,7 @@ function show(result) {
     make("p", { class: "about" }, about),
     explorer.unit ? make("p", { class: "about" }, explorer.unit) : "",
     ...explorer.notes.map((note) => make("p", { class: "about" }, `Note: ${note}`)),
+    settings.tokens ? legend() : "",
     ...blocks,
     make("section", { class: "card again", "aria-label": "The same again" },
       make("h2", {}, "The same from a shell"),
@@ -175,6 +150,7 @@ export async function openAsk(store, values) {
 
 form.addEventListener("change", (event) => {
   if (event.target.name === "kind") showKind();
+  if (event.target.id === "tokens" && answer.querySelector(".hit")) form.requestSubmit();
 });
 form.addEventListener("submit", (event) => {
   event.preventDefault();
