@@ -171,6 +171,13 @@ class QuestionOptions(
         None, "Damping of `precondition`, relative to the mean eigenvalue (default: 0.1).", "Scoring"
     )
     max_samples: int | None = option(None, f"{FIRST_VAL_SAMPLES} `minus` is read whole.", "Input")
+    phrase: str | None = option(
+        None,
+        "Of a val set of one sample: rank by the characters A up to, not including, B of its text alone. The model "
+        "reads all of it; the loss is that of the phrase.",
+        "Scoring",
+        metavar="A:B",
+    )
     with_scores: str | None = option(
         None,
         "Blend with the values of this training run of the store: (1-W)·z(similarity) + W·z(value). The value of a "
