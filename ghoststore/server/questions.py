@@ -36,7 +36,9 @@ OFFERED = (
     "layers",
     "exclude_layers",
     "lexical",
+    "phrase",
     "tokens",
+    "histogram",
     "max_samples",
 )
 """Options of ``ghoststore.query`` that a question may have: none of them writes a file, or reads one."""

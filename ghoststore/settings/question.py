@@ -256,6 +256,9 @@ class QueryOptions(ProgressOption, RankingOptions, RerankOptions, RunGradientsOp
         "rows shown again.",
         "Output",
     )
+    histogram: bool = option(
+        False, "Also count the scores of all rows in 60 bins, and the rows of each domain.", "Output"
+    )
     candidates: bool = option(
         False, "Of a `run` that chose: count candidates that were not trained on, too, all alike.", "Scoring"
     )

@@ -3,6 +3,7 @@
 import { link, request } from "./api.js";
 import { busy, byId, copyButton, make, problem, whole } from "./dom.js";
 import { ranking } from "./hits.js";
+import { dropPhrase, fillPhrase, phrase, watchPhrase } from "./phrase.js";
 import { legend } from "./tokens.js";
 
 const FIELDS = ["text", "prompt", "completion", "part", "metric", "top-k", "bottom-k", "where", "minus", "layers", "lexical"];
@@ -30,6 +31,7 @@ function fill(store, state) {
   form.elements.kind.value = state.has("prompt") || state.has("completion") ? "prompt" : state.get("kind") === "file" ? "file" : "text";
   byId("more").open = ["minus", "layers", "lexical"].some((name) => state.has(name));
   showKind();
+  fillPhrase(state.get("phrase"));
   suggest(store);
 }
 
@@ -48,6 +50,7 @@ function state() {
     if (value !== "" && value !== DEFAULTS[name] && !left.includes(name)) values.set(name, value);
   }
   for (const name of SWITCHES) if (byId(name).checked) values.set(name, "1");
+  if (phrase()) values.set("phrase", phrase());
   if (kind() === "file") values.set("kind", "file");
   return values;
 }
@@ -87,6 +90,7 @@ async function question() {
   if (value("layers")) asked.layers = value("layers").split(",").map((word) => word.trim());
   if (value("lexical")) asked.lexical = Number(value("lexical"));
   if (byId("tokens").checked) asked.tokens = true;
+  if (phrase()) asked.phrase = phrase();
   return asked;
 }
 
@@ -149,9 +153,13 @@ export async function openAsk(store, values) {
 }
 
 form.addEventListener("change", (event) => {
-  if (event.target.name === "kind") showKind();
+  if (event.target.name === "kind") {
+    showKind();
+    dropPhrase();
+  }
   if (event.target.id === "tokens" && answer.querySelector(".hit")) form.requestSubmit();
 });
+watchPhrase(kind, () => form.requestSubmit());
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   const fragment = `#/ask?${state()}`;
