@@ -34,8 +34,21 @@ function textOf(hit, settings) {
   return [make("p", { class: hit.text.length > LONG ? "text long" : "text", dir: "auto" }, hit.text)];
 }
 
-function hitCard(hit, settings, largest) {
-  const number = numberOf(hit);
+const byWordsAlone = (settings) => settings.lexical === 1;
+const shownOf = (hit, settings) => (byWordsAlone(settings) ? hit.bm25 : numberOf(hit));
+
+// What stands beside the number that a hit is shown by.
+function beside(hit, settings, ranks) {
+  const rank = ranks?.get(hit.source_row);
+  const other = rank ? `, ranked ${whole(rank)} by gradients` : "";
+  if (byWordsAlone(settings)) return inWords(numberOf(hit), settings) + other;
+  return hit.bm25 === undefined ? null : `hybrid ${minus(hit.score.toPrecision(4))}, BM25 ${hit.bm25.toPrecision(4)}`;
+}
+
+function hitCard(hit, settings, largest, ranks) {
+  const number = shownOf(hit, settings);
+  const words = byWordsAlone(settings) ? `${hit.bm25.toPrecision(4)} BM25` : inWords(number, settings);
+  const also = beside(hit, settings, ranks);
   const bar = make("span");
   bar.style.width = `${largest ? (100 * Math.abs(number)) / largest : 0}%`;
   const place = `#/sample/${encodeURIComponent(settings.part)}/${hit.source_row}`;
@@ -43,16 +56,17 @@ function hitCard(hit, settings, largest) {
     make("span", { class: "rank" }, whole(hit.rank)),
     make("div", {},
       make("div", { class: "line" },
-        make("span", { class: "score" }, inWords(number, settings)),
-        hit.bm25 === undefined ? null : make("span", { class: "hint" }, `hybrid ${hit.score.toPrecision(4)}, BM25 ${hit.bm25.toPrecision(4)}`),
+        make("span", { class: "score" }, words),
+        also === null ? null : make("span", { class: "hint" }, also),
         make("a", { class: "id", href: place }, hit.id),
         hit.domain === null ? null : make("span", { class: "domain" }, hit.domain)),
       make("div", { class: number < 0 ? "bar down" : "bar", "aria-hidden": "true" }, bar),
       ...textOf(hit, settings)));
 }
 
-export function ranking(title, hits, settings) {
+// With `ranks`, by row of the corpus, those of the same rows by gradients.
+export function ranking(title, hits, settings, ranks) {
   if (!hits || !hits.length) return [];
-  const largest = Math.max(...hits.map((hit) => Math.abs(numberOf(hit))));
-  return [make("h2", {}, title), make("ol", { class: "hits" }, ...hits.map((hit) => hitCard(hit, settings, largest)))];
+  const largest = Math.max(...hits.map((hit) => Math.abs(shownOf(hit, settings))));
+  return [make("h2", {}, title), make("ol", { class: "hits" }, ...hits.map((hit) => hitCard(hit, settings, largest, ranks)))];
 }
