@@ -238,6 +238,13 @@ class RerankOptions:
 class QueryOptions(ProgressOption, RankingOptions, RerankOptions, RunGradientsOptions, QuestionOptions):
     """Options of ``ghoststore query``."""
 
+    near: int | None = option(
+        None,
+        "In the place of a val set: this row of the corpus (`source_row` of a result). Its stored vector is asked "
+        "with; no model is needed.",
+        "Input",
+        metavar="ROW",
+    )
     each: bool = option(
         False,
         "One ranking for each val sample, or one for the val set's mean gradient.",

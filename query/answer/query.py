@@ -17,6 +17,7 @@ from ghoststore.store.part.metric import metric_for
 from query.ann.index import AnnIndex, refuse_lengths
 from query.answer.contributions import recomputable
 from query.answer.distribution import Distribution, distributions, refuse_histogram
+from query.answer.near import query_near
 from query.answer.report import write_report
 from query.answer.results import QueryHits, QueryResult, hits_of, with_nats
 from query.answer.run_query import query_run
@@ -101,6 +102,9 @@ def query(options: QueryOptions) -> QueryResult:
 
     ``histogram`` counts the scores of all rows: ``histogram`` of a ranking has 60 bins, and the rows of each domain.
 
+    ``near`` is a row of the corpus in the place of a val set: the rows whose stored vectors are most similar to its
+    own, without itself. It needs no model; what belongs to a val set is refused.
+
     ``report`` is a new .html file: the answer as one page, with histograms, domains and what each layer adds.
 
     Raises UsageError for a val set without a usable row and for patterns that match no layer, MismatchError for
@@ -114,6 +118,8 @@ def answer(options: QueryOptions, opened: OpenedModel | None = None) -> QueryRes
     progress = options.progress or Silent()
     if options.top_k < 0 or options.bottom_k < 0 or not options.top_k + options.bottom_k:
         raise UsageError(f"`top_k={options.top_k}` and `bottom_k={options.bottom_k}`: ask for at least one row")
+    if options.near is not None:
+        return query_near(options, progress)
     if options.run is not None:
         return query_run(options, progress)
     refuse_options_of_runs(options, candidates=options.candidates)
