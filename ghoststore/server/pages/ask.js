@@ -3,6 +3,7 @@
 import { link, request } from "./api.js";
 import { charts } from "./charts.js";
 import { busy, byId, copyButton, make, problem, whole } from "./dom.js";
+import { basket, picksOf, takePicks } from "./basket.js";
 import { byWords, chooseDomain, fill, form, kind, question, state } from "./form.js";
 import { inWords, ranking } from "./hits.js";
 import { legend } from "./tokens.js";
@@ -23,7 +24,7 @@ async function ask() {
     const result = await request("/api/query", asked, signal);
     if (signal.aborted) return;
     const words = byId("words").checked ? make("section", { "aria-label": "Ranked by words" }) : null;
-    show(result, words);
+    show(result, words, asked);
     if (words) await addWords(words, byWords(asked), result, signal);
   } catch (error) {
     if (signal.aborted) return;
@@ -47,7 +48,7 @@ async function addWords(place, asked, result, signal) {
   }
 }
 
-function show(result, words) {
+function show(result, words, asked) {
   const { settings, explorer } = result;
   const blocks = [];
   const named = settings.metric === "cosine" ? "cosine" : "score";
@@ -74,30 +75,50 @@ function show(result, words) {
       make("pre", { tabindex: "0" }, explorer.command),
       make("p", { class: "actions" }, copyButton("Copy command", () => explorer.command), copyButton("Copy link to this view", link)),
       fileNote),
+    basket(asked, settings),
   );
 }
 
 export async function openAsk(store, values) {
   const asked = values.has("text") || values.has("prompt") || values.has("completion");
-  if (values.toString() === shown) return; // back from another view: what is there still answers it
+  if (values.toString() === shown) { // back from another view: what is there still answers it
+    linkPicks();
+    return;
+  }
   shown = values.toString();
   fill(store, values);
+  takePicks(byId("part").value, values.get("picks"));
   if (!store.parts.length) {
     answer.replaceChildren(make("p", { class: "empty" }, "This store has no part yet: ghoststore build makes one."));
   } else if (asked) {
     await ask();
+    linkPicks();
   } else {
     answer.replaceChildren(make("p", { class: "empty" }, "The rows whose gradients point the same way appear here, best first."));
   }
 }
 
+// The link holds what is picked, too.
+function linkPicks() {
+  if (!answer.querySelector(".hit") || !location.hash.startsWith("#/ask")) return;
+  const values = new URLSearchParams(location.hash.split("?")[1] || "");
+  const rows = picksOf(byId("part").value);
+  if (rows) values.set("picks", rows);
+  else values.delete("picks");
+  shown = values.toString();
+  history.replaceState(null, "", `#/ask?${values}`);
+}
+addEventListener("picked", linkPicks);
 form.addEventListener("change", (event) => {
   if (["tokens", "words"].includes(event.target.id) && answer.querySelector(".hit")) form.requestSubmit();
 });
 form.addEventListener("submit", (event) => {
   event.preventDefault();
-  const fragment = `#/ask?${state()}`;
-  shown = state().toString();
+  const values = state();
+  const rows = picksOf(byId("part").value);
+  if (rows) values.set("picks", rows);
+  const fragment = `#/ask?${values}`;
+  shown = values.toString();
   if (location.hash !== fragment) history.pushState(null, "", fragment);
   ask();
 });

@@ -61,6 +61,26 @@ function domainBars(domains, count, choose) {
     make("figcaption", { class: "hint" }, "Of the rows listed, above; of all rows that rank, below."));
 }
 
+// `points` (x, y) as a line with dots, from `first` to `last` along x, with 0 in sight.
+export function lineChart(points, [first, last], words, amount) {
+  const values = points.map(([, y]) => y);
+  const low = Math.min(0, ...values);
+  const high = Math.max(0, ...values);
+  const spread = high - low || 1;
+  const at = ([x, y]) => [(WIDE * (x - first)) / (last - first || 1), HIGH * (1 - (y - low) / spread)];
+  const path = points.map(at).map(([x, y], place) => `${place ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("");
+  const zero = at([first, 0])[1];
+  const dots = points.map((point) => {
+    const [x, y] = at(point);
+    return shape("circle", { class: "dot", cx: x, cy: y, r: 3 }, shape("title", {}, `step ${whole(point[0])}: ${amount(point[1])}`));
+  });
+  return make("figure", { class: "chart" },
+    shape("svg", { viewBox: `-5 -5 ${WIDE + 10} ${HIGH + 10}`, role: "img", "aria-label": `${words}: ${amount(points[0][1])} at step ${whole(points[0][0])}, ${amount(values.at(-1))} at step ${whole(points.at(-1)[0])}.` },
+      shape("line", { class: "axis", x1: 0, x2: WIDE, y1: zero, y2: zero }), shape("path", { class: "worth", d: path }), ...dots),
+    make("div", { class: "ends" }, make("span", {}, `step ${whole(first)}`), make("span", {}, `${amount(low)} to ${amount(high)}`), make("span", {}, `step ${whole(last)}`)),
+    make("figcaption", { class: "hint" }, words));
+}
+
 export function charts(result, settings, amount, choose) {
   const found = result.histogram;
   if (!found) return null;

@@ -1,5 +1,6 @@
 // The rows of a ranking, as cards.
 
+import { pickBox } from "./basket.js";
 import { make, visible, whole } from "./dom.js";
 import { shadedText } from "./tokens.js";
 
@@ -59,7 +60,8 @@ function hitCard(hit, settings, largest, ranks) {
         make("span", { class: "score" }, words),
         also === null ? null : make("span", { class: "hint" }, also),
         make("a", { class: "id", href: place }, hit.id),
-        hit.domain === null ? null : make("span", { class: "domain" }, hit.domain)),
+        hit.domain === null ? null : make("span", { class: "domain" }, hit.domain),
+        pickBox(settings.part, hit.source_row, hit.id)),
       make("div", { class: number < 0 ? "bar down" : "bar", "aria-hidden": "true" }, bar),
       ...textOf(hit, settings)));
 }
@@ -68,5 +70,5 @@ function hitCard(hit, settings, largest, ranks) {
 export function ranking(title, hits, settings, ranks) {
   if (!hits || !hits.length) return [];
   const largest = Math.max(...hits.map((hit) => Math.abs(shownOf(hit, settings))));
-  return [make("h2", {}, title), make("ol", { class: "hits" }, ...hits.map((hit) => hitCard(hit, settings, largest, ranks)))];
+  return [title === null ? "" : make("h2", {}, title), make("ol", { class: "hits" }, ...hits.map((hit) => hitCard(hit, settings, largest, ranks)))];
 }
