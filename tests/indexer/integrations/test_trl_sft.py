@@ -61,7 +61,7 @@ FORMS: dict[str, tuple[Callable[..., Any], Callable[..., Dataset], dict[str, Any
     "padded padding-free": (still_gpt2, texts, {"padding_free": True, "max_length": None, "pad_to_multiple_of": 8}),
     "packing": (llama, texts, {"packing": True, "gradient_accumulation_steps": 2}),
     "packing, tied, bf16": (still_gpt2, texts, {"packing": True, "bf16": True}),
-    "packing, mixture": (partial(made, "Mixtral"), texts, {"packing": True}),
+    "packing, mixture": (partial(made, "Mixtral"), texts, {"packing": True, "router_aux_loss_coef": 0.0}),
     "packing, split": (llama, texts, {"packing": True, "packing_strategy": "bfd_split", "max_length": 8}),
     "packing, wrapped": (llama, texts, {"packing": True, "packing_strategy": "wrapped"}),
     "completions": (llama, completions, {}),
