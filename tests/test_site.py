@@ -154,6 +154,19 @@ def test_the_list_of_design_notes_is_whole() -> None:
     assert (ROOT / "docs/design/README.md").read_text(encoding="utf-8").rstrip().endswith("\n".join(lines))
 
 
+def test_the_tables_of_the_comparison_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs/site"))
+    import comparison
+
+    page = comparison.PAGE.read_text(encoding="utf-8")
+    assert comparison.written(page) == page, "run `make docs`"
+    assert {found[2] for found in comparison.BLOCK.finditer(page)} == set(comparison.TABLES)
+    for name in ("demo", "real"):
+        for row in comparison.results(name)["tables"][0]["rows"]:
+            assert f"| {row['library']} | {row['way']} |" in page
+            assert row["LDS"] in page or row["LDS"] == "see below"
+
+
 @pytest.fixture
 def hooks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install '.[docs]'")

@@ -86,6 +86,8 @@ def on_files(files: Files, *, config: Any) -> Files:
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> str:
     """Rewrite the links that lead out of ``docs/``, and those of files that lie outside it."""
     here = page.file.src_uri
+    if here == "index.md":
+        page.meta["hide"] = ["navigation"]  # it has but itself there
 
     def rewritten(found: re.Match[str]) -> str:
         leads_to = target(found[1], path_of(here))

@@ -293,7 +293,7 @@ class Reference:
             for name in page.names:
                 first = (inspect.getdoc(getattr(ghoststore, name)) or "").split("\n\n")[0].removesuffix("::")
                 rows.append((f"[`{name}`]({self.links.names[name]})", line(first, self.links, name)))
-            pieces.append(f"## {page.title}\n\n{table(('name', ''), rows)}")
+            pieces.append(f"## {page.title}\n\n{table(('name', 'what it is'), rows)}")
         pieces.append(f"## Errors and progress\n\n[All errors, and what listens to progress](errors.md).\n\n"
                       f"`ghoststore.__version__` is the version, `{ghoststore.__version__}`.")  # fmt: skip
         pieces.append(f"## Types\n\n{table(('type', 'is'), TYPES)}")

@@ -6,7 +6,7 @@ import ast
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -17,7 +17,7 @@ from ghoststore.settings.shared import Checkpoint, Data, TokenizerSource
 OURS = ("ghoststore", "indexer", "query")
 ALIASES = {"Data": Data, "Checkpoint": Checkpoint, "TokenizerSource": TokenizerSource}
 """Types that parameters of many functions have; the page of the reference says what they are."""
-WIDTH = 100
+WIDTH = 92
 
 CODE = re.compile(r":(?:class|meth|func|attr|mod|data):`~?([^`]+)`|``(.+?)``|`([^`]+)`", re.DOTALL)
 """A reference, code, or a name."""
@@ -111,9 +111,14 @@ def members(kind: Any, names: Mapping[str, Any]) -> Iterator[str]:
         if type(None) in get_args(kind):
             yield "None"
     elif get_origin(kind) is Literal:
-        yield from (f'"{word}"' if isinstance(word, str) else repr(word) for word in get_args(kind))
+        yield from _words(get_args(kind))
     else:
         yield short(kind)
+
+
+def _words(words: Iterable[str]) -> Iterator[str]:
+    """Sorted, because typing takes two Literals of the same words for one, in the order that it met first."""
+    yield from (f'"{word}"' for word in sorted(words))
 
 
 def _members_of_source(node: ast.expr, names: Mapping[str, Any]) -> Iterator[str]:
@@ -124,7 +129,7 @@ def _members_of_source(node: ast.expr, names: Mapping[str, Any]) -> Iterator[str
         yield from members(node.value, names)
     elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal":
         words = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-        yield from (f'"{ast.literal_eval(word)}"' for word in words)
+        yield from _words(ast.literal_eval(word) for word in words)
     elif isinstance(node, ast.Name) and get_origin(names.get(node.id)) in (Literal, Union, UnionType):
         yield from members(names[node.id], names)
     else:
