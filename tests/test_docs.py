@@ -148,15 +148,15 @@ class Loops:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
-def test_the_first_python_of_a_front_page_runs(
-    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], page: str
+def test_the_python_of_the_landing_page_runs(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (block,) = blocks(ROOT / "docs/index.md", "python")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-model").symlink_to(lab.checkpoint)
     (tmp_path / "train.jsonl").symlink_to(lab.corpus)
     lab.write(tmp_path / "val.jsonl", lab.sample_rows(3, 5))
-    exec(blocks(ROOT / page, "python")[0], {})
+    exec(block, {})
     assert len([line for line in capsys.readouterr().out.splitlines() if " row-" in line]) == min(20, len(lab.rows))
 
 

@@ -73,7 +73,7 @@ of_a_block = pytest.mark.parametrize("block", BLOCKS, ids=[block.where for block
 
 def test_there_are_blocks() -> None:
     pages = {block.where.partition(":")[0] for block in BLOCKS}
-    assert {"README.md", "docs/index.md", "docs/loops.md", "docs/nanogpt.md", "docs/api/engines.md"} <= pages
+    assert {"docs/index.md", "docs/loops.md", "docs/nanogpt.md", "docs/api/engines.md"} <= pages
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[str, str | None]]:
