@@ -24,7 +24,7 @@ SMALLER = {
     "--count 600": "--count 75",
     "--max-length 128": "--max-length 64",
     "--max-steps 300": "--max-steps 60",
-    "--max-steps 150": "--max-steps 40",
+    "--max-steps 75": "--max-steps 20",
     "checkpoint-300": "checkpoint-60",
 }
 
