@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Mount, Route
+from starlette.routing import Route
 
 from ghoststore.errors import GhostStoreError, UsageError
 from ghoststore.progress import Silent
@@ -73,6 +73,11 @@ def application(
         return Response(json_text({"stores": listed}).encode(), media_type=JSON)
 
     async def which(request: Request) -> Response:
+        first, _, rest = request.path_params["rest"].partition("/")
+        name = rest.partition("/")[0]
+        if first == "stores":
+            what = f"no store {name!r:.80}: it has {', '.join(stores)}" if name not in stores else "no such address"
+            raise HTTPException(404, f"this server has {what}")
         raise UsageError(f"this server has several stores: /api/stores/NAME/…, with one of {', '.join(stores)}")
 
     only = next(iter(apis.values())) if len(apis) == 1 else None
@@ -81,7 +86,7 @@ def application(
             *(Route(path, page) for path in static),
             Route("/openapi.json", openapi),
             Route("/api/stores", names),
-            *(Mount(f"/api/stores/{name}", routes=api.routes()) for name, api in apis.items()),
+            *(route for name, api in apis.items() for route in api.routes(f"/api/stores/{name}")),
             *(only.routes("/api") if only else [Route("/api/{rest:path}", which, methods=["GET", "POST"])]),
         ],
         exception_handlers={
@@ -104,7 +109,7 @@ class Interface:
         self._options, self._questions, self._streams = options, questions, streams
         self._checks = Checks(options, streams)
 
-    def routes(self, before: str = "") -> list[Route]:
+    def routes(self, before: str) -> list[Route]:
         """Its addresses, each behind ``before``."""
         return [
             Route(f"{before}/store", self.store),

@@ -30,13 +30,17 @@ class Checks:
 
         BusyError while another one runs.
         """
-        if self._busy:
-            raise BusyError("this store is being verified already: wait for that, or stop it")
-        self._busy = True
+        self._refuse_second()
         return self._events(part, run)
 
+    def _refuse_second(self) -> None:
+        if self._busy:
+            raise BusyError("this store is being verified already: wait for that, or stop it")
+
     async def _events(self, part: str | None, run: str | None) -> AsyncIterator[Event]:
-        listener = _Listener(self._streams.ended)
+        self._refuse_second()  # now that it begins
+        self._busy = True
+        listener = Listener(self._streams.ended)
         work = asyncio.create_task(
             asyncio.to_thread(verify, store=self._options.store, part=part, run=run, progress=listener)
         )
@@ -60,7 +64,7 @@ class Checks:
             work.exception()  # looked at, so that asyncio does not say that nobody did
 
 
-class _Listener:
+class Listener:
     """A listener of progress that holds where it stands, and ends the work when it is stopped or the server ends."""
 
     def __init__(self, ended: threading.Event) -> None:
@@ -81,7 +85,7 @@ class _Listener:
 
 
 class _Task:
-    def __init__(self, listener: _Listener, description: str, total: int | None, done: int, unit: str) -> None:
+    def __init__(self, listener: Listener, description: str, total: int | None, done: int, unit: str) -> None:
         self._listener, self._about = listener, {"what": description, "total": total, "unit": unit}
         self._done = done
         self.advance(0)

@@ -43,10 +43,10 @@ def command_line(options: ServeOptions, question: Mapping[str, Any]) -> str:
 
 def run_commands(options: ServeOptions, run: str) -> list[str]:
     """The commands for a shell that say what the page of a run says."""
-    of_run = ["--store", str(options.store), "--run", run]
+    store, name = shlex.quote(str(options.store)), shlex.quote(run)
     return [
-        shlex.join(["ghoststore", "watch", *of_run]),
-        shlex.join(["ghoststore", "scores", *of_run, "--top-k", "20", "--bottom-k", "20"]),
+        f"ghoststore watch --store {store} --run {name}",
+        f"ghoststore scores --store {store} --run {name} --top-k 20 --bottom-k 20",
     ]
 
 

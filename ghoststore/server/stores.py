@@ -49,7 +49,7 @@ def stores_of(given: Stores) -> dict[str, str | Path]:
 
 
 def _list(given: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
-    return [given] if isinstance(given, str | os.PathLike) else list(given)
+    return list(given) if isinstance(given, list | tuple) else [given]  # type: ignore[list-item]
 
 
 def _entry(word: str | os.PathLike[str]) -> tuple[str, str | Path]:

@@ -32,7 +32,6 @@ class Streams:
         """A response of ``events``, closed when its reader goes. BusyError if too many are open."""
         if self._open >= MOST_STREAMS:
             raise BusyError(f"{self._open} streams are open already: close a page that watches a run")
-        self._open += 1
         return StreamingResponse(self._written(events), media_type="text/event-stream; charset=utf-8")
 
     async def pause(self, seconds: float) -> None:
@@ -43,6 +42,7 @@ class Streams:
             await asyncio.sleep(LOOKS)
 
     async def _written(self, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
+        self._open += 1  # not before: of a reader that has gone already this never begins
         try:
             async for name, data in events:
                 yield f"event: {name}\ndata: {json_text(data)}\n\n".encode()
