@@ -72,12 +72,12 @@ def application(
         listed = [{"name": name, "store": str(options.store)} for name, options in stores.items()]
         return Response(json_text({"stores": listed}).encode(), media_type=JSON)
 
+    async def no_store(request: Request) -> Response:
+        name = request.path_params["store"]
+        what = "no such address" if name in stores else f"no store {name!r:.80}: it has {', '.join(stores)}"
+        raise HTTPException(404, f"this server has {what}")
+
     async def which(request: Request) -> Response:
-        first, _, rest = request.path_params["rest"].partition("/")
-        name = rest.partition("/")[0]
-        if first == "stores":
-            what = f"no store {name!r:.80}: it has {', '.join(stores)}" if name not in stores else "no such address"
-            raise HTTPException(404, f"this server has {what}")
         raise UsageError(f"this server has several stores: /api/stores/NAME/…, with one of {', '.join(stores)}")
 
     only = next(iter(apis.values())) if len(apis) == 1 else None
@@ -87,6 +87,7 @@ def application(
             Route("/openapi.json", openapi),
             Route("/api/stores", names),
             *(route for name, api in apis.items() for route in api.routes(f"/api/stores/{name}")),
+            Route("/api/stores/{store}/{rest:path}", no_store, methods=["GET", "POST"]),
             *(only.routes("/api") if only else [Route("/api/{rest:path}", which, methods=["GET", "POST"])]),
         ],
         exception_handlers={
