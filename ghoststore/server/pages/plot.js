@@ -76,7 +76,7 @@ export class Plot {
     this.table = make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `Numbers: ${title}` });
     this.numbers = make("details", { class: "numbers" }, make("summary", {}, "Numbers", make("span", { class: "hidden" }, ` of ${title}`)), this.table);
     this.element = make("figure", { class: "card plot", hidden: "" },
-      make("figcaption", {}, make("h3", {}, title), options.note ? make("p", { class: "hint" }, options.note) : null),
+      make("figcaption", {}, make("h2", {}, title), options.note ? make("p", { class: "hint" }, options.note) : null),
       this.legend, this.picture, this.at, this.numbers);
     this.numbers.addEventListener("toggle", () => this.tabulate());
     new ResizeObserver(() => this.paint()).observe(this.picture);

@@ -13,7 +13,7 @@ export async function showSample([part, row]) {
   const again = new URLSearchParams({ part, text: sample.text || "" });
   place.replaceChildren(
     make("article", { class: "card" },
-      make("h3", { class: "id" }, sample.id),
+      make("h2", { class: "id" }, sample.id),
       facts([
         ["part", sample.part],
         ["row of the corpus", whole(sample.source_row)],
