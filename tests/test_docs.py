@@ -66,7 +66,7 @@ def shown_commands() -> list[tuple[str, str]]:
         (page.name, line.split("  #")[0].replace("…", ""))
         for page in PAGES
         for block in blocks(page, "bash")
-        for line in block.splitlines()
+        for line in block.replace("\\\n", " ").splitlines()
         if line.startswith("ghoststore ")
     ]
 
