@@ -94,7 +94,7 @@ def query(options: QueryOptions) -> QueryResult:
 
     ``run`` names a training run of the store instead of a part: its samples are ranked by the gradients that it keeps
     (``ghoststore train --keep-gradients``), as committed at this moment, also while it trains. A sample's score is the
-    sum of its scores at the steps it was in, each times the step's ``weight``, see `query.training_scores.weights`; of
+    sum of its scores at the steps it was in, each times the step's ``weight``, see ``docs/scores.md``; of
     ``step_window`` (``"0:100"`` or a slice), or of the ``last`` so many steps. With ``val_set``, ``checkpoint`` is a
     checkpoint of that training; without, each step's samples are held against the val gradient of that step, and no
     model is needed. Of a run that chose, a visit counts with the weight that its sample had in the step; with
