@@ -147,19 +147,6 @@ class Loops:
         return {**vars(self), "get_batch": self.get_batch, "train_step": self.train_step, "torch": torch}
 
 
-@pytest.mark.slow
-def test_the_python_of_the_landing_page_runs(
-    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (block,) = blocks(ROOT / "docs/index.md", "python")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my-model").symlink_to(lab.checkpoint)
-    (tmp_path / "train.jsonl").symlink_to(lab.corpus)
-    lab.write(tmp_path / "val.jsonl", lab.sample_rows(3, 5))
-    exec(block, {})
-    assert len([line for line in capsys.readouterr().out.splitlines() if " row-" in line]) == min(20, len(lab.rows))
-
-
 def test_the_plain_loop_runs() -> None:
     loop = blocks(ROOT / "docs/loops.md", "python")[0]
     assert "GradDotProdEngine" in loop
