@@ -188,6 +188,9 @@ def _answer(
             question, parts, weights, corpus, progress, minus=minus, keep_model=keep_model, opened=opened
         )
         note_repeated(scorer.part, progress)
+        if "histogram" in settings and len(scorer.names) == 1:
+            # The rows are ranked by these, and the vectors read once. Of several queries their last bits may differ.
+            scorer.scores(progress)
         if how.rerank is None:
             rankings = scorer.rank(*counts, progress, index=ann)
         else:
