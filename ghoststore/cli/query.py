@@ -36,6 +36,7 @@ def command(keywords: options.Keywords, printing: Printing, file: ResultFile) ->
       ghoststore query --store ./store --val-set val.jsonl --each --top-k 5 --json
       ghoststore query --store ./store --val-set val.jsonl --with-scores my-run --score-weight 0.3
       ghoststore query --store ./store --run my-run --last 1000
+      ghoststore query --server http://127.0.0.1:8321 --val-set val.jsonl
     """
     options.run("query", keywords, printing, print_hits, file, also="report")
 

@@ -1,4 +1,4 @@
-"""The command line that gives the answer to a question of the explorer."""
+"""The command lines that say what the explorer says."""
 
 from __future__ import annotations
 
@@ -45,6 +45,15 @@ def command_line(options: ServeOptions, question: Mapping[str, Any], kind: type 
         words += _words(entry, given[name])
     line = " ".join(map(shlex.quote, words))
     return f"printf '%s\\n' {' '.join(map(shlex.quote, rows))} | {line}" if rows and short else line
+
+
+def run_commands(options: ServeOptions, run: str) -> list[str]:
+    """The commands for a shell that say what the page of a run says."""
+    store, name = shlex.quote(str(options.store)), shlex.quote(run)
+    return [
+        f"ghoststore watch --store {store} --run {name}",
+        f"ghoststore scores --store {store} --run {name} --top-k 20 --bottom-k 20",
+    ]
 
 
 def _words(entry: Entry, value: Any) -> list[str]:
