@@ -56,6 +56,12 @@ def run_commands(options: ServeOptions, run: str) -> list[str]:
     ]
 
 
+def sample_command(options: ServeOptions, run: str, sample_id: str) -> str:
+    """The command for a shell that says what a run says of a sample."""
+    store, name, sample = (shlex.quote(word) for word in (str(options.store), run, sample_id))
+    return f"ghoststore scores --store {store} --run {name} --sample={sample}"
+
+
 def _words(entry: Entry, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [entry.flag] if value else [entry.off] if entry.off else []

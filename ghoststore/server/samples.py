@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from ghoststore.corpus import Position
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
+from ghoststore.server.command_line import sample_command
 from ghoststore.settings.serve import ServeOptions
 from ghoststore.settings.shared import Data
 from ghoststore.store import Part, Status, Store
@@ -66,8 +66,7 @@ def history(options: ServeOptions, name: str, source_row: int, progress: Progres
     sample_id = str(part.read_rows("sample_id", rows[:1])[0])
     runs: list[dict[str, Any]] = []
     for run in store.run_names():
-        words = ("ghoststore", "scores", "--store", str(options.store), "--run", run, f"--sample={sample_id}")
-        found: dict[str, Any] = {"run": run, "command": " ".join(map(shlex.quote, words))}
+        found: dict[str, Any] = {"run": run, "command": sample_command(options, run, sample_id)}
         try:
             of_run = scores(store=options.store, run=run, sample=sample_id, progress=progress).to_json()
             found |= {"settings": of_run["settings"], "summary": of_run["summary"], "history": of_run["history"]}
