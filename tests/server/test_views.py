@@ -149,6 +149,10 @@ def test_rows_near_a_row(explorer: ghoststore.Explorer, store: Path) -> None:
     beside = answer.pop("explorer")
     assert answer == ghoststore.query(store=store, near=4, metric="cosine", top_k=3).to_json()
     assert beside["command"] == f"ghoststore query --store {store} --part part --metric cosine --top-k 3 --near 4"
+    for options in ({"near": 4}, {"val_set": VAL, "phrase": "4:7"}, {"val_set": VAL, "histogram": True, "each": True}):
+        there = ghoststore.query(server=explorer.url, top_k=3, **options)
+        here = ghoststore.query(store=store, top_k=3, **options)
+        assert there.results == here.results
     assert ask(explorer, "query", {"near": 4, "val_set": VAL})[0] == 400
     assert ask(explorer, "query", {"near": "4"})[0] == 400
 
