@@ -80,6 +80,8 @@ def build(options: BuildOptions) -> BuildReport:
         with open_inputs(options, progress) as inputs:
             job = plan_job(inputs, progress)
             report = replace(BuildReport.of(job), seconds=estimated_seconds(job))
+            if options.workers is not None:
+                return _of_workers(report, job, options.workers)
             return report if share is None else _of_share(report, job, share)
     with opened(options, progress, None if share is None else share.of) as (job, part):
         chosen = range(part.layout.spans) if share is None else share.of(part.layout.spans)
@@ -107,6 +109,16 @@ def _of_share(report: BuildReport, job: BuildJob, share: Share) -> BuildReport:
     if "compute" in seconds:
         seconds["compute"] *= rows / left
     return replace(report, worker=str(share), rows_built=rows, seconds=seconds)
+
+
+def _of_workers(report: BuildReport, job: BuildJob, workers: int) -> BuildReport:
+    """The dry run's ``report`` for ``workers`` that take the missing spans in turn."""
+    existing = job.inputs.existing
+    missing = job.layout.spans - (0 if existing is None else len(existing.spans))
+    busy = min(workers, missing)
+    left = report.rows - (0 if existing is None else existing.rows)
+    rows = min(left, -(-missing // busy) * job.layout.span_rows) if busy else 0
+    return replace(report, workers=busy, rows_built=rows)
 
 
 @contextmanager
