@@ -57,8 +57,10 @@ def _print(report: Any) -> None:
         facts.append(("memory", memory))
     if report.seconds:
         facts.append(("time", _times(report)))
+    if report.new_rows:
+        facts.append(("new rows", "the corpus goes on behind these, as it has grown: see below"))
     print_facts("dry run" if report.dry_run else "built", facts)
-    if next_commands := _next(report):
+    if next_commands := [*([report.new_rows] if report.new_rows else []), *_next(report)]:
         print_next(next_commands)
 
 

@@ -40,6 +40,9 @@ class BuildReport:
     """The share of this process, "I/N"; None if it built all that was missing."""
     workers: int | None = None
     """Of a dry run with ``workers``: how many of them would have a span to build."""
+    new_rows: str | None = None
+    """The command that builds what follows in a corpus that has grown since the part was begun; None where it has not,
+    or where nobody looked (workers do not)."""
     statuses: dict[str, int] = field(default_factory=dict)
     """Committed rows by status: fewer than ``rows`` together where other workers are still building theirs."""
     seconds: dict[str, float] = field(default_factory=dict)
