@@ -401,11 +401,7 @@ class _Training:
         }
 
     def _resumed(
-        self,
-        saved: SavedState | None,
-        manifest: Manifest,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        self, saved: SavedState | None, manifest: Manifest, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> Resumed:
         """Where training stands: at its beginning, or where the newest checkpoint left it."""
         if saved is None:
