@@ -350,6 +350,9 @@ class SelectOptions(ProgressOption, RunGradientsOptions, QuestionOptions):
     report: str | Path | None = option(
         None, "New .json file for the report (default: `out` and .report.json).", "Output", metavar="FILE"
     )
+    card: bool = option(
+        False, "Also a Hugging Face dataset card: README.md, in a folder `out`, or beside a file.", "Output"
+    )
 
 
 @options
