@@ -99,8 +99,8 @@ class PartsOptions:
 
     part: str | Sequence[str] | None = option(
         None,
-        "Part of the store (default: the only one). Repeated: parts of other rows (`build --like`), ranked as one, or "
-        "builds of the same rows at successive checkpoints, whose scores are summed.",
+        "Part of the store (default: the only one). Repeated: parts of other rows (built `like` one another), ranked "
+        "as one, or builds of the same rows at successive checkpoints, whose scores are summed.",
         "Input",
         repeated=True,
     )
