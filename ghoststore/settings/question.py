@@ -13,6 +13,7 @@ from ghoststore.settings.shared import (
     Checkpoint,
     Data,
     DeviceOption,
+    EngineOptions,
     FieldsOption,
     LayersOptions,
     MetricOption,
@@ -228,7 +229,7 @@ class RerankOptions:
 
 
 @options
-class QueryOptions(ProgressOption, RankingOptions, RerankOptions, RunGradientsOptions, QuestionOptions):
+class QueryOptions(ProgressOption, RankingOptions, EngineOptions, RerankOptions, RunGradientsOptions, QuestionOptions):
     """Options of ``ghoststore query``."""
 
     each: bool = option(
@@ -258,7 +259,7 @@ class QueryOptions(ProgressOption, RankingOptions, RerankOptions, RunGradientsOp
 
 
 @options
-class OpenOptions(ProgressOption, RebuiltOptions):
+class OpenOptions(ProgressOption, EngineOptions, RebuiltOptions):
     """Options of ``ghoststore.open``."""
 
     store: str | Path = field(kw_only=False, metadata=about(STORE, "Input"))
