@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,13 @@ import torch
 import ghoststore
 from ghoststore.errors import StorageError, UsageError
 from ghoststore.progress import Silent
+from ghoststore.settings.keywords import takes
+from ghoststore.settings.question import QueryOptions
 from ghoststore.store import Store
 from ghoststore.store.spans.layout import CRC_BYTES
 from ghoststore.store.spans.reader import WarmChunks, chunks_of, read_chunk
-from query.search.on_ray import Searcher, _asked, _ranges
+from query.answer.query import answer
+from query.search.on_ray import Searcher, _asked, _ranges, searching_on_ray
 from query.search.part_score import Term
 from query.search.parts import open_parts
 from tests.support.parts import unbuild
@@ -61,11 +65,11 @@ def folder(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ask(folder: Path, part: Any = "whole", **settings: Any) -> ghoststore.QueryResult:
+def ask(folder: Path, part: Any = "whole", by: Any = ghoststore.query, **settings: Any) -> ghoststore.QueryResult:
     settings = {"top_k": 12, "bottom_k": 5, "device": "cpu"} | settings
     if settings.get("minus"):
         settings["minus"] = folder / "far.jsonl"
-    return ghoststore.query(store=folder / "store", val_set=folder / "val.jsonl", part=part, **settings)
+    return by(store=folder / "store", val_set=folder / "val.jsonl", part=part, **settings)
 
 
 def fields(result: ghoststore.QueryResult) -> Any:
@@ -96,13 +100,22 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
 @pytest.mark.slow
 @pytest.mark.ddp
 def test_as_in_one_process(folder: Path, cluster: Any) -> None:
-    for part, settings in CASES:
-        assert fields(ask(folder, part, engine="ray", **settings)) == fields(ask(folder, part, **settings)), settings
-    tied = [hit.source_row for hit in ask(folder, engine="ray", top_k=ROWS).results[0].hits]
-    at = tied.index(0)
-    assert tied[at : at + 1 + len(TWINS)] == [0, *TWINS]
+    """A whole query, and others by actors that stay, as those of a session do."""
     with pytest.raises(UsageError, match="has joined another cluster"):
         ask(folder, engine="ray", ray_address="127.0.0.1:1")
+    assert fields(ask(folder, engine="ray")) == fields(ask(folder))
+
+    @takes(QueryOptions)
+    def ask_actors(options: QueryOptions) -> ghoststore.QueryResult:
+        return answer(options, searching=lambda parts: nullcontext(find))
+
+    with searching_on_ray(None, [Store.open(folder / "store").part("whole")]) as find:
+        for part, settings in CASES:
+            by_actors = ask(folder, part, by=ask_actors, engine="ray", **settings)
+            assert fields(by_actors) == fields(ask(folder, part, **settings)), settings
+        tied = [hit.source_row for hit in ask(folder, by=ask_actors, engine="ray", top_k=ROWS).results[0].hits]
+    at = tied.index(0)
+    assert tied[at : at + 1 + len(TWINS)] == [0, *TWINS]
 
 
 @pytest.mark.slow
