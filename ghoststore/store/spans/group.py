@@ -116,6 +116,10 @@ class Spanned(ABC, Generic[L]):
             raise CorruptError(f"{path / 'zarr.json'} tells of spans of {chunks} files; at most {MOST_CHUNKS} can be")
         self.spans: list[int] = self._committed()
         """Committed spans, in order."""
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing of it has been read yet."""
         self._arrays: dict[str, zarr.Array[Any]] = {}
         self._metadata: dict[str, bytes] = {}
         self._sizes_checked = False
