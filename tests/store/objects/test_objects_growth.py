@@ -115,7 +115,7 @@ def test_an_index_over_a_union(bucket: Bucket, grown: Path, both: tuple[Path, st
 def test_by_a_ray_cluster(bucket: Bucket, grown: Path, both: tuple[Path, str], tmp_path: Path) -> None:
     """Built and searched by actors, in a bucket and on the disk; those of a session ask for no vector again."""
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False)
     try:
         for store, tree in (
             (tmp_path / "store", lambda: bucket.lab.tree(tmp_path / "store")),
