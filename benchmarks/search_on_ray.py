@@ -56,7 +56,7 @@ def main(
                     alike = alike and np.array_equal(answers[0].rows, answers[1].rows)
                 lines.append(
                     {
-                        "queries": count,
+                        "queries": str(count),
                         **{f"{way}, seconds": Spread.of(some).show(".2f") for way, some in spent.items()},
                         "÷": ratios(spent["one process"], spent["actors"]).show(".2f"),
                         "same bits": "yes" if alike else "NO",

@@ -19,6 +19,9 @@ from ghoststore.errors import BusyError
 from ghoststore.store import Store
 from ghoststore.store.base.objects import objects_of
 from ghoststore.store.run.journal import append_entry
+from tests.support.loops import plan
+from tests.support.managed_loops import config_of
+from tests.support.managed_loops import train as managed
 from tests.support.object_server import KEY, SECRET, Request, first
 from tests.support.trainings import TIMES, Gym, arrays_of, open_gym, same_bits
 
@@ -61,13 +64,14 @@ def without_times(files: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def ends_like(bucket: Bucket, folder: Path, name: str, whole: Path) -> None:
-    """Weights, optimizer and run are those of the local training, bit for bit; nothing is left over."""
+    """Weights, optimizer and run are those of the local training, bit for bit; `gc` removes what kills have left."""
     for file in ("model.safetensors", "training_state/optimizer.safetensors"):
         path = Path("out") / "checkpoint-12" / file
         assert same_bits(load_file(folder / path), load_file(whole / path)) == []
     there, here = Store.open(f"s3://bucket/{name}").run("run"), Store.open(whole / "store").run("run")
     assert there.complete
     assert same_bits(arrays_of(there), arrays_of(here)) == []
+    ghoststore.gc(f"s3://bucket/{name}")
     tree, local = bucket.tree(name), bucket.lab.tree(whole / "store")
     manifests = [json.loads(files.pop("runs/run/zarr.json"))["attributes"] for files in (tree, local)]
     for manifest in manifests:
@@ -206,3 +210,14 @@ def test_another_training_of_other_numbers_is_refused(bucket: Bucket, gym: Gym, 
     late.entries.pop()
     with pytest.raises(BusyError, match="another training writes s3://bucket/"):
         append_entry(run, late, 8, {**data, **sparse, "train_loss": data["train_loss"] + 1})
+
+
+def test_a_loop_with_scores(bucket: Bucket, tmp_path: Path) -> None:
+    """The manager's run, which the callback and plain loops write alike."""
+    steps = plan(7)
+    stores: tuple[Any, ...] = ("s3://bucket/loops", tmp_path / "loops")
+    for store in stores:
+        managed(steps, config_of(store))
+    there, here = (Store.open(store).run("run") for store in stores)
+    assert there.complete
+    assert same_bits(arrays_of(there), arrays_of(here)) == []
