@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import threading
-from contextlib import suppress
+from functools import partial
 from importlib.resources import files
 
 from starlette.applications import Starlette
@@ -15,13 +13,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from ghoststore.errors import GhostStoreError, UsageError
+from ghoststore.errors import GhostStoreError
 from ghoststore.progress import Silent
+from ghoststore.server.bodies import object_of, while_wanted
 from ghoststore.server.guard import Guard, TooLargeError, too_large
 from ghoststore.server.openapi import document
 from ghoststore.server.problems import JSON, of_library, problem
 from ghoststore.server.questions import Questions, WithdrawnError
 from ghoststore.server.samples import sample
+from ghoststore.server.views import Views, row_of
 from ghoststore.settings.serve import ServeOptions
 from ghoststore.shown import json_text
 from ghoststore.store.info import info
@@ -61,6 +61,7 @@ def application(options: ServeOptions, questions: Questions, token: str, port: i
             Route("/api/store", api.store),
             Route("/api/query", api.query, methods=["POST"]),
             Route("/api/sample/{part}/{row}", api.sample),
+            *Views(options, questions).routes("/api"),
         ],
         exception_handlers={
             GhostStoreError: _library,
@@ -88,44 +89,21 @@ class Interface:
 
     async def sample(self, request: Request) -> Response:
         """One sample of a part, by its row in the corpus."""
-        part, row = request.path_params["part"], request.path_params["row"]
-        if not (row.isascii() and row.isdigit()) or len(row) > 18:
-            raise HTTPException(404, f"{row!r:.40} is no row: rows are numbered from 0")
-        found = await asyncio.to_thread(sample, str(self._options.store), part, int(row), self._options.data, Silent())
+        part, row = request.path_params["part"], row_of(request)
+        found = await asyncio.to_thread(sample, str(self._options.store), part, row, self._options.data, Silent())
         if found is None:
-            raise HTTPException(404, f"part {part!r} has no row of the corpus's row {int(row):,}")
+            raise HTTPException(404, f"part {part!r} has no row of the corpus's row {row:,}")
         return Response(json_text(found).encode(), media_type=JSON)
 
     async def query(self, request: Request) -> Response:
         """What ``ghoststore query --json`` prints, and ``explorer``, what the page says beside it."""
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise HTTPException(415, "a question is JSON: send it as `Content-Type: application/json`")
-        try:
-            question = json.loads(await request.body())
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"the question is no JSON: {error}") from None
-        if not isinstance(question, dict):
-            raise UsageError('a question is an object: {"val_set": ["a text"]}')
-        withdrawn = threading.Event()
-        watch = asyncio.create_task(_gone(request, withdrawn))
-        try:
-            return Response(await self._questions.answer(question, withdrawn), media_type=JSON)
-        finally:
-            withdrawn.set()  # if this task was cancelled, a thread still works on it
-            watch.cancel()
-            with suppress(asyncio.CancelledError):
-                await watch
+        question = await object_of(request)
+        answer = await while_wanted(request, partial(self._questions.answer, question))
+        return Response(answer, media_type=JSON)
 
     async def openapi(self, request: Request) -> Response:
         """This interface as an OpenAPI document."""
         return Response(json_text(document()).encode(), media_type=JSON)
-
-
-async def _gone(request: Request, withdrawn: threading.Event) -> None:
-    """Set ``withdrawn`` when the asker has gone."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    withdrawn.set()
 
 
 async def _library(request: Request, error: Exception) -> Response:

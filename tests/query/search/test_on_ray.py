@@ -146,6 +146,7 @@ def test_a_session_outlives_actors_and_nodes(lab: Lab, folder: Path, cluster: An
         ({"group_field": "task", "combine": "rank-fusion"}, "`combine=rank-fusion` needs"),
         ({"report": "page.html"}, "`report` needs"),
         ({"run": "run"}, "`run` needs"),
+        ({"histogram": True}, "`histogram` needs"),
         ({"precondition": "second-moment", "metric": "cosine"}, "give `metric=dot`"),
         ({"engine": None, "ray_address": "here:1"}, "`ray_address` belongs to `engine=ray`"),
     ],
