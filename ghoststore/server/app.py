@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
+from functools import partial
 from importlib.resources import files
 
 from starlette.applications import Starlette
@@ -18,6 +17,7 @@ from starlette.routing import Route
 
 from ghoststore.errors import GhostStoreError, UsageError
 from ghoststore.progress import Silent
+from ghoststore.server.bodies import object_of, while_wanted
 from ghoststore.server.checks import Checks
 from ghoststore.server.guard import Guard, TooLargeError, too_large
 from ghoststore.server.openapi import document
@@ -26,6 +26,7 @@ from ghoststore.server.questions import Questions, WithdrawnError
 from ghoststore.server.runs import WatchedRun, frames, runs
 from ghoststore.server.samples import sample
 from ghoststore.server.streams import Streams
+from ghoststore.server.views import Views, row_of
 from ghoststore.settings.serve import ServeOptions
 from ghoststore.shown import json_text
 from ghoststore.store import Store
@@ -120,6 +121,7 @@ class Interface:
             Route(f"{before}/runs/{{run}}", self.run),
             Route(f"{before}/runs/{{run}}/events", self.run_events),
             Route(f"{before}/verify/events", self.verify_events),
+            *Views(self._options, self._questions).routes(before),
         ]
 
     async def store(self, request: Request) -> Response:
@@ -129,33 +131,17 @@ class Interface:
 
     async def sample(self, request: Request) -> Response:
         """One sample of a part, by its row in the corpus."""
-        part, row = request.path_params["part"], request.path_params["row"]
-        if not (row.isascii() and row.isdigit()) or len(row) > 18:
-            raise HTTPException(404, f"{row!r:.40} is no row: rows are numbered from 0")
-        found = await asyncio.to_thread(sample, str(self._options.store), part, int(row), self._options.data, Silent())
+        part, row = request.path_params["part"], row_of(request)
+        found = await asyncio.to_thread(sample, str(self._options.store), part, row, self._options.data, Silent())
         if found is None:
-            raise HTTPException(404, f"part {part!r} has no row of the corpus's row {int(row):,}")
+            raise HTTPException(404, f"part {part!r} has no row of the corpus's row {row:,}")
         return Response(json_text(found).encode(), media_type=JSON)
 
     async def query(self, request: Request) -> Response:
         """What ``ghoststore query --json`` prints, and ``explorer``, what the page says beside it."""
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise HTTPException(415, "a question is JSON: send it as `Content-Type: application/json`")
-        try:
-            question = json.loads(await request.body())
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"the question is no JSON: {error}") from None
-        if not isinstance(question, dict):
-            raise UsageError('a question is an object: {"val_set": ["a text"]}')
-        withdrawn = threading.Event()
-        watch = asyncio.create_task(_gone(request, withdrawn))
-        try:
-            return Response(await self._questions.answer(question, withdrawn), media_type=JSON)
-        finally:
-            withdrawn.set()  # if this task was cancelled, a thread still works on it
-            watch.cancel()
-            with suppress(asyncio.CancelledError):
-                await watch
+        question = await object_of(request)
+        answer = await while_wanted(request, partial(self._questions.answer, question))
+        return Response(answer, media_type=JSON)
 
     async def runs(self, request: Request) -> Response:
         """Every training run, with its state."""
@@ -183,13 +169,6 @@ class Interface:
         """``ghoststore verify``, with its progress, as server-sent events. It ends when the asker goes."""
         part, run = (request.query_params.get(kind) for kind in ("part", "run"))
         return self._streams.response(self._checks.events(part, run))
-
-
-async def _gone(request: Request, withdrawn: threading.Event) -> None:
-    """Set ``withdrawn`` when the asker has gone."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    withdrawn.set()
 
 
 async def _library(request: Request, error: Exception) -> Response:

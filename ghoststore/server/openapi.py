@@ -7,9 +7,11 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from ghoststore import __version__
+from ghoststore.server.choosing import FORMS
+from ghoststore.server.choosing import OFFERED as CHOOSING
 from ghoststore.server.questions import MOST_ROWS, OFFERED, ROWS
 from ghoststore.settings.option import KEY, choices_of, members_of
-from ghoststore.settings.question import QueryOptions
+from ghoststore.settings.question import QueryOptions, SelectOptions
 
 ERRORS = {
     "400": "The question cannot be used as given (exit code 2).",
@@ -32,7 +34,7 @@ def document() -> dict[str, Any]:
     specs = {spec.name: spec for spec in fields(QueryOptions)}
     question = {
         "type": "object",
-        "required": ["val_set"],
+        "anyOf": [{"required": ["val_set"]}, {"required": ["near"]}],
         "additionalProperties": False,
         "properties": {name: _rows(specs[name]) if name in ROWS else _schema(specs[name]) for name in OFFERED},
     }
@@ -90,6 +92,7 @@ def document() -> dict[str, Any]:
             }
         },
     }
+    own |= _views()
     listed = {"get": _operation("The stores of this server: `stores`, each with `name` and `store`, its path.", "")}
     return {
         "openapi": "3.1.0",
@@ -100,6 +103,34 @@ def document() -> dict[str, Any]:
             "/api/stores": listed,
             **{f"/api/{path}": item for path, item in own.items()},
             **{f"/api/stores/{{store}}/{path}": {**item, "parameters": [_name("store")]} for path, item in own.items()},
+        },
+    }
+
+
+def _views() -> dict[str, Any]:
+    """What stands behind a sample and a ranking, by its path."""
+    specs = {spec.name: spec for spec in fields(SelectOptions)}
+    properties = {name: _rows(specs[name]) if name in ROWS else _schema(specs[name]) for name in CHOOSING}
+    properties["source_rows"] = {
+        "description": "In the place of how much: these rows of the corpus, all of them, and no others.",
+        "type": "array",
+        "minItems": 1,
+        "items": {"type": "integer", "minimum": 0},
+    }
+    properties["form"] = {"description": "Of the file.", "enum": list(FORMS), "default": FORMS[0]}
+    schema = {"type": "object", "required": ["val_set"], "additionalProperties": False, "properties": properties}
+    row = [_name("part"), _name("row", {"type": "integer", "minimum": 0})]
+    runs = "Where a sample was trained on, by run: what `ghoststore scores --sample --json` prints."
+    near = "Samples of the corpus that hold half of this one's runs of 8 words."
+    chosen = "What `ghoststore select` writes: its report, and `files` in base64."
+    return {
+        "sample/{part}/{row}/runs": {"get": {**_operation(runs, "400 404 500 503 507"), "parameters": row}},
+        "sample/{part}/{row}/duplicates": {"get": {**_operation(near, "400 404 409 500 503 507"), "parameters": row}},
+        "select": {
+            "post": {
+                **_operation(chosen, "400 409 413 415 500 503 507"),
+                "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+            }
         },
     }
 
@@ -154,7 +185,7 @@ def _schema(spec: Field[Any]) -> dict[str, Any]:
     elif spec.name in ("layers", "exclude_layers"):
         schema |= {"type": "array", "items": {"type": "string"}}
     else:
-        schema |= {"type": kinds[0]}
+        schema |= {"type": kinds[0]} if kinds else {}
     if spec.name in ("top_k", "bottom_k"):
         schema |= {"minimum": 0, "maximum": MOST_ROWS}
     if spec.default not in (MISSING, None, ()):

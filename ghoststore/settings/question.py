@@ -171,6 +171,13 @@ class QuestionOptions(
         None, "Damping of `precondition`, relative to the mean eigenvalue (default: 0.1).", "Scoring"
     )
     max_samples: int | None = option(None, f"{FIRST_VAL_SAMPLES} `minus` is read whole.", "Input")
+    phrase: str | None = option(
+        None,
+        "Of a val set of one sample: rank by the characters A up to, not including, B of its text alone. The model "
+        "reads all of it; the loss is that of the phrase.",
+        "Scoring",
+        metavar="A:B",
+    )
     with_scores: str | None = option(
         None,
         "Blend with the values of this training run of the store: (1-W)·z(similarity) + W·z(value). The value of a "
@@ -241,6 +248,13 @@ class QueryOptions(ProgressOption, RankingOptions, RerankOptions, RunGradientsOp
         "Input",
         metavar="URL",
     )
+    near: int | None = option(
+        None,
+        "In the place of a val set: this row of the corpus (`source_row` of a result). Its stored vector is asked "
+        "with; no model is needed.",
+        "Input",
+        metavar="ROW",
+    )
     each: bool = option(
         False,
         "One ranking for each val sample, or one for the val set's mean gradient.",
@@ -258,6 +272,9 @@ class QueryOptions(ProgressOption, RankingOptions, RerankOptions, RunGradientsOp
         "Show which tokens of a row carry its score, and which of the val sample ask for it: the model computes the "
         "rows shown again.",
         "Output",
+    )
+    histogram: bool = option(
+        False, "Also count the scores of all rows in 60 bins, and the rows of each domain.", "Output"
     )
     candidates: bool = option(
         False, "Of a `run` that chose: count candidates that were not trained on, too, all alike.", "Scoring"

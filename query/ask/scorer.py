@@ -91,7 +91,7 @@ def open_scorer(
                 device=question.device,
                 progress=progress,
             )
-        val = encoder.encode_val_set(val_set, question.grouping, question.max_samples)
+        val = encoder.encode_val_set(val_set, question.grouping, question.max_samples, question.phrase)
         val.note_left_out(progress)
         vals.append(val)
         if minus is not None:
@@ -365,6 +365,7 @@ class Scorer:
             "val_rows": self.val.used,
             "val_rows_left_out": self.val.left_out,
             **({} if self.minus is None else minus_settings(question, self.minus)),
+            **({} if question.phrase is None else {"phrase": question.phrase}),
             "mode": mode,
             **(groups if self._grouped else {}),
             "metric": self.metric,

@@ -30,6 +30,10 @@ export function copyButton(words, text) {
   return button;
 }
 
+// Control characters, and those that turn the direction of a text, as what they are: for words of our own around a text.
+export const visible = (text) => text.replace(/(?![\u200c\u200d])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, (character) => (
+  character === "\n" ? "↵" : character === "\t" ? "⇥" : `\\u{${character.codePointAt(0).toString(16)}}`));
+
 export const whole = (number) => number.toLocaleString("en");
 
 export const percent = (share) => (share === null ? "none" : `${(100 * share).toFixed(1)} %`);
