@@ -113,6 +113,7 @@ def query(options: QueryOptions) -> QueryResult:
 
     ``near`` is a row of the corpus in the place of a val set: the rows whose stored vectors are most similar to its
     own, without itself. It needs no model; what belongs to a val set is refused.
+
     ``server`` is the address of an explorer (``ghoststore serve``), with its token, or without and that in
     GHOSTSTORE_TOKEN. It answers in the place of a store here, with the model that it keeps; ``store`` is then the name
     of one of its stores, where it has several. What it does not offer is refused by name.
