@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from ghoststore.settings.flags import Entry, entries_of
+from ghoststore.settings.flags import entries_of, flag_words
 from ghoststore.settings.question import QueryOptions, QuotaOption, SelectOptions
 from ghoststore.settings.serve import ServeOptions
 from ghoststore.settings.shared import in_memory
@@ -37,12 +37,12 @@ def command_line(options: ServeOptions, question: Mapping[str, Any], kind: type 
     if isinstance(quotas := given.get("quotas"), Mapping):
         del given["quotas"]
         (entry,) = entries_of(QuotaOption)
-        words += _words(entry, [f"{domain}={quota}" for domain, quota in quotas.items()])
+        words += flag_words(entry, [f"{domain}={quota}" for domain, quota in quotas.items()])
     for entry in entries_of(kind):
         name = entry.spec.name
         if len(entry.path) > 1 or name not in given or given[name] in (None, entry.spec.default):
             continue
-        words += _words(entry, given[name])
+        words += flag_words(entry, given[name])
     line = " ".join(map(shlex.quote, words))
     return f"printf '%s\\n' {' '.join(map(shlex.quote, rows))} | {line}" if rows and short else line
 
@@ -60,13 +60,3 @@ def sample_command(options: ServeOptions, run: str, sample_id: str) -> str:
     """The command for a shell that says what a run says of a sample."""
     store, name, sample = (shlex.quote(word) for word in (str(options.store), run, sample_id))
     return f"ghoststore scores --store {store} --run {name} --sample={sample}"
-
-
-def _words(entry: Entry, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        return [entry.flag] if value else [entry.off] if entry.off else []
-    if not isinstance(value, list | tuple):
-        return [entry.flag, str(value)]
-    if entry.option.repeated:
-        return [word for one in value for word in (entry.flag, str(one))]
-    return [entry.flag, ",".join(map(str, value))]

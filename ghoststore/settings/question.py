@@ -13,6 +13,7 @@ from ghoststore.settings.shared import (
     Checkpoint,
     Data,
     DeviceOption,
+    EngineOptions,
     FieldsOption,
     LayersOptions,
     MetricOption,
@@ -235,7 +236,7 @@ class RerankOptions:
 
 
 @options
-class QueryOptions(ProgressOption, RankingOptions, RerankOptions, RunGradientsOptions, QuestionOptions):
+class QueryOptions(ProgressOption, RankingOptions, EngineOptions, RerankOptions, RunGradientsOptions, QuestionOptions):
     """Options of ``ghoststore query``."""
 
     near: int | None = option(
@@ -285,7 +286,7 @@ class QueryOptions(ProgressOption, RankingOptions, RerankOptions, RunGradientsOp
 
 
 @options
-class OpenOptions(ProgressOption, RebuiltOptions):
+class OpenOptions(ProgressOption, EngineOptions, RebuiltOptions):
     """Options of ``ghoststore.open``."""
 
     store: str | Path = field(kw_only=False, metadata=about(STORE, "Input"))
@@ -349,6 +350,9 @@ class SelectOptions(ProgressOption, RunGradientsOptions, QuestionOptions):
     order: Order = option("corpus", "Order of the rows in `out`.", "Output")
     report: str | Path | None = option(
         None, "New .json file for the report (default: `out` and .report.json).", "Output", metavar="FILE"
+    )
+    card: bool = option(
+        False, "Also a Hugging Face dataset card: README.md, in a folder `out`, or beside a file.", "Output"
     )
 
 
