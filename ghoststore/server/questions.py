@@ -125,7 +125,8 @@ class Questions:
         if self._session is None or self._session.name != part.name or self._manifest != part.manifest:
             for questions in self._together:  # one model at a time
                 questions.close()
-            given = {key: getattr(self._options, key) for key in OF_SESSION if key != "part"}
+            of_server = [key for key in OF_SESSION if key != "part" and hasattr(self._options, key)]
+            given = {key: getattr(self._options, key) for key in of_server}
             self._session, self._manifest = open_session(**given, part=part.name), part.manifest
         return self._session
 
