@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from ghoststore.errors import BusyError, UsageError
@@ -125,8 +126,8 @@ class Questions:
         if self._session is None or self._session.name != part.name or self._manifest != part.manifest:
             for questions in self._together:  # one model at a time
                 questions.close()
-            of_server = [key for key in OF_SESSION if key != "part" and hasattr(self._options, key)]
-            given = {key: getattr(self._options, key) for key in of_server}
+            own = {spec.name for spec in fields(ServeOptions)}  # a server has fewer options than a session
+            given = {key: getattr(self._options, key) for key in OF_SESSION if key in own}
             self._session, self._manifest = open_session(**given, part=part.name), part.manifest
         return self._session
 
