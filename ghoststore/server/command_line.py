@@ -1,4 +1,4 @@
-"""The command line that gives the answer to a question of the explorer."""
+"""The command lines that say what the explorer says."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from ghoststore.settings.flags import Entry, entries_of
+from ghoststore.settings.flags import entries_of, flag_words
 from ghoststore.settings.question import QueryOptions, SelectOptions
 from ghoststore.settings.serve import ServeOptions
 from ghoststore.settings.shared import in_memory
@@ -41,16 +41,15 @@ def command_line(options: ServeOptions, question: Mapping[str, Any], kind: type 
         name = entry.spec.name
         if len(entry.path) > 1 or name not in given or given[name] in (None, entry.spec.default):
             continue
-        words += _words(entry, given[name])
+        words += flag_words(entry, given[name])
     line = " ".join(map(shlex.quote, words))
     return f"printf '%s\\n' {' '.join(map(shlex.quote, rows))} | {line}" if rows and short else line
 
 
-def _words(entry: Entry, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        return [entry.flag] if value else [entry.off] if entry.off else []
-    if not isinstance(value, list | tuple):
-        return [entry.flag, str(value)]
-    if entry.option.repeated:
-        return [word for one in value for word in (entry.flag, str(one))]
-    return [entry.flag, ",".join(map(str, value))]
+def run_commands(options: ServeOptions, run: str) -> list[str]:
+    """The commands for a shell that say what the page of a run says."""
+    store, name = shlex.quote(str(options.store)), shlex.quote(run)
+    return [
+        f"ghoststore watch --store {store} --run {name}",
+        f"ghoststore scores --store {store} --run {name} --top-k 20 --bottom-k 20",
+    ]

@@ -17,14 +17,15 @@ ERRORS = {
     "400": "The question cannot be used as given (exit code 2).",
     "401": "The token is missing, or another one.",
     "403": "Another host or origin.",
-    "404": "There is no such part or row.",
+    "404": "There is no such part, row or run.",
     "409": "Settings do not fit what is stored (exit code 3).",
     "413": "The body is too large.",
     "415": "The body is not said to be JSON.",
     "500": "Stored bytes are damaged (exit code 4), or a bug (1).",
-    "503": "Too many questions wait (exit code 5).",
+    "503": "Too many questions wait, or streams are open (exit code 5).",
     "507": "The disk failed (exit code 6).",
 }
+EVENTS = "text/event-stream"
 TYPES: dict[Any, str] = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
@@ -37,34 +38,71 @@ def document() -> dict[str, Any]:
         "additionalProperties": False,
         "properties": {name: _rows(specs[name]) if name in ROWS else _schema(specs[name]) for name in OFFERED},
     }
-    row = [
-        {"name": "part", "in": "path", "required": True, "schema": {"type": "string"}},
-        {"name": "row", "in": "path", "required": True, "schema": {"type": "integer", "minimum": 0}},
-    ]
     body = {"required": True, "content": {"application/json": {"schema": question}}}
+    own = {
+        "store": {"get": _operation("What `ghoststore info --json` prints.", "400 500 507")},
+        "query": {
+            "post": {
+                **_operation(
+                    "What `ghoststore query --json` prints, and `explorer`: words about it.",
+                    "400 409 413 415 500 503 507",
+                ),
+                "requestBody": body,
+            }
+        },
+        "sample/{part}/{row}": {
+            "get": {
+                **_operation("A sample, by its row in the corpus: text, kept fields, status.", "400 404 500 507"),
+                "parameters": [_name("part"), _name("row", {"type": "integer", "minimum": 0})],
+            }
+        },
+        "runs": {"get": _operation("The training runs as `ghoststore info --json` has them, and `state`.", "500 507")},
+        "runs/{run}": {
+            "get": {
+                **_operation(
+                    "What `ghoststore watch --once --json` prints, `spread`: its scores over the steps, `explorer`.",
+                    "404 500 507",
+                ),
+                "parameters": [_name("run")],
+            }
+        },
+        "runs/{run}/events": {
+            "get": {
+                **_operation(
+                    "A run while it grows: `frame` (as of `runs/{run}`) whenever steps were committed, `end` when the "
+                    "last one was, `problem` with an error.",
+                    "404 500 503 507",
+                    EVENTS,
+                ),
+                "parameters": [_name("run")],
+            }
+        },
+        "verify/events": {
+            "get": {
+                **_operation(
+                    "`progress` (what, done, total, unit), then `report`, what `ghoststore verify --json` "
+                    "prints, or `problem` with an error. It stops when its reader goes.",
+                    "503",
+                    EVENTS,
+                ),
+                "parameters": [
+                    {"name": name, "in": "query", "required": False, "schema": {"type": "string"}}
+                    for name in ("part", "run")
+                ],
+            }
+        },
+    }
+    own |= _views()
+    listed = {"get": _operation("The stores of this server: `stores`, each with `name` and `store`, its path.", "")}
     return {
         "openapi": "3.1.0",
         "info": {"title": "ghoststore", "version": __version__},
         "security": [{"token": []}],
         "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         "paths": {
-            "/api/store": {"get": _operation("What `ghoststore info --json` prints.", "400 500 507")},
-            "/api/query": {
-                "post": {
-                    **_operation(
-                        "What `ghoststore query --json` prints, and `explorer`: words about it.",
-                        "400 409 413 415 500 503 507",
-                    ),
-                    "requestBody": body,
-                }
-            },
-            "/api/sample/{part}/{row}": {
-                "get": {
-                    **_operation("A sample, by its row in the corpus: text, kept fields, status.", "400 404 500 507"),
-                    "parameters": row,
-                }
-            },
-            **{f"/api/{path}": item for path, item in _views().items()},
+            "/api/stores": listed,
+            **{f"/api/{path}": item for path, item in own.items()},
+            **{f"/api/stores/{{store}}/{path}": {**item, "parameters": [_name("store")]} for path, item in own.items()},
         },
     }
 
@@ -81,10 +119,7 @@ def _views() -> dict[str, Any]:
     }
     properties["form"] = {"description": "Of the file.", "enum": list(FORMS), "default": FORMS[0]}
     schema = {"type": "object", "required": ["val_set"], "additionalProperties": False, "properties": properties}
-    row = [
-        {"name": "part", "in": "path", "required": True, "schema": {"type": "string"}},
-        {"name": "row", "in": "path", "required": True, "schema": {"type": "integer", "minimum": 0}},
-    ]
+    row = [_name("part"), _name("row", {"type": "integer", "minimum": 0})]
     runs = "Where a sample was trained on, by run: what `ghoststore scores --sample --json` prints."
     near = "Samples of the corpus that hold half of this one's runs of 8 words."
     chosen = "What `ghoststore select` writes: its report, and `files` in base64."
@@ -100,7 +135,11 @@ def _views() -> dict[str, Any]:
     }
 
 
-def _operation(summary: str, errors: str) -> dict[str, Any]:
+def _name(name: str, schema: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": schema or {"type": "string"}}
+
+
+def _operation(summary: str, errors: str, kind: str = "application/json") -> dict[str, Any]:
     codes = sorted({*errors.split(), "401", "403"})
     error = {
         "type": "object",
@@ -116,10 +155,11 @@ def _operation(summary: str, errors: str) -> dict[str, Any]:
         },
     }
     content = {"application/json": {"schema": error}}
+    answer = {kind: {"schema": {"type": "string" if kind == EVENTS else "object"}}}
     return {
         "summary": summary,
         "responses": {
-            "200": {"description": "Done.", "content": {"application/json": {"schema": {"type": "object"}}}},
+            "200": {"description": "Done.", "content": answer},
             **{code: {"description": ERRORS[code], "content": content} for code in codes},
         },
     }

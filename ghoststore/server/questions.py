@@ -53,9 +53,12 @@ class WithdrawnError(Exception):
 class Questions:
     """Answers questions about the parts of one store. All methods but :meth:`end` belong to the event loop's thread."""
 
-    def __init__(self, options: ServeOptions) -> None:
+    def __init__(self, options: ServeOptions, beside: Questions | None = None) -> None:
+        """``beside`` are those of another store of the same server: of all together one is answered at a time."""
         self._options = options
-        self._turn = asyncio.Lock()
+        self._turn: asyncio.Lock = asyncio.Lock() if beside is None else beside._turn
+        self._together: list[Questions] = [] if beside is None else beside._together
+        self._together.append(self)
         self._waiting = 0
         self._ended = threading.Event()
         self._session: Session | None = None
@@ -120,7 +123,8 @@ class Questions:
         """The session of part ``name``: the one that is open, if it is of that part and the part is the same still."""
         part = Store.open(self._options.store).part(name)
         if self._session is None or self._session.name != part.name or self._manifest != part.manifest:
-            self.close()  # one model at a time
+            for questions in self._together:  # one model at a time
+                questions.close()
             given = {key: getattr(self._options, key) for key in OF_SESSION if key != "part"}
             self._session, self._manifest = open_session(**given, part=part.name), part.manifest
         return self._session

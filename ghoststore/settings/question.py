@@ -246,6 +246,16 @@ class QueryOptions(ProgressOption, RankingOptions, EngineOptions, RerankOptions,
         "Input",
         metavar="ROW",
     )
+    store: str | Path = option(
+        "", f"{STORE} With `server`: the name of a store there, if it has several.", "Input", metavar="PATH"
+    )
+    server: str | None = option(
+        None,
+        "Ask an explorer, which has the model already: the address that `ghoststore serve` printed. Its token may be "
+        "in GHOSTSTORE_TOKEN instead.",
+        "Input",
+        metavar="URL",
+    )
     each: bool = option(
         False,
         "One ranking for each val sample, or one for the val set's mean gradient.",
@@ -340,6 +350,9 @@ class SelectOptions(ProgressOption, RunGradientsOptions, QuestionOptions):
     order: Order = option("corpus", "Order of the rows in `out`.", "Output")
     report: str | Path | None = option(
         None, "New .json file for the report (default: `out` and .report.json).", "Output", metavar="FILE"
+    )
+    card: bool = option(
+        False, "Also a Hugging Face dataset card: README.md, in a folder `out`, or beside a file.", "Output"
     )
 
 

@@ -15,8 +15,8 @@ from indexer.projection.matrices import Projection, drawn_sides
 
 ROWS = 64
 """Most rows that are looked at."""
-LEARNING = 1.7
-"""Learning ÷ building as many rows: 1.66 of GPT-2 Small by 64 rows of 128 tokens, of which 0.18 are eigenvectors."""
+LEARNING = 1.3
+"""Learning ÷ building as many rows: 1.26 of GPT-2 Small by 64 rows of 128 tokens; see docs/design/0012."""
 
 
 def estimated_seconds(job: BuildJob) -> dict[str, float]:
@@ -26,7 +26,7 @@ def estimated_seconds(job: BuildJob) -> dict[str, float]:
     inputs, plan, rows_left = job.inputs, job.projected, job.plan.rows
     if inputs.existing is not None:
         rows_left -= inputs.existing.rows
-    rows = rows_of(islice(inputs.corpus.samples(), inputs.options.max_samples), inputs.tokenizer, inputs.tokens)
+    rows = rows_of(islice(inputs.corpus.samples(), inputs.most_samples), inputs.tokenizer, inputs.tokens)
     usable = list(islice((row for row in rows if row.status.usable), ROWS))
     if not usable or not rows_left or job.plan.tokens is None:
         return {}

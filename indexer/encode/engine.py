@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -65,13 +66,12 @@ class GradProjLoraEngine:
     ``requires_grad`` again and all hooks are removed. Outputs are bit-identical with and without the engine.
 
     The first two batches of more than one sample are checked, and later the 64th, the 4096th, …: the samples must be
-    the first axis of every layer. The checks are a second backward pass of reweighted losses
-    (:mod:`indexer.encode.sample_axis`; not for a compiled model) and forward passes of some of the samples
-    (:mod:`indexer.encode.forward_probe`; only if the model itself is called). In the first of these batches, and later,
-    vectors are held against autograd: those of one sample, which runs again, or, if the loop calls parts of the model,
-    the sum of the batch; that batch takes the memory of a training step. In every batch a use of a weight outside its
-    module is an error (:mod:`indexer.encode.uses`; not for a compiled model). ``check=False`` leaves all this out;
-    ``find_uses=True`` keeps the last.
+    the first axis of every layer. The checks are a second backward pass of reweighted losses (not for a compiled model)
+    and forward passes of some of the samples (only if the model itself is called). In the first of these batches, and
+    later, vectors are held against autograd: those of one sample, which runs again, or, if the loop calls parts of the
+    model, the sum of the batch; that batch takes the memory of a training step. In every batch a use of a weight
+    outside its module is an error (not for a compiled model). ``check=False`` leaves all this out; ``find_uses=True``
+    keeps the last.
 
     Raises LayerError for layers that cannot be projected, UsageError for a model whose forward pass is random.
     """
@@ -200,16 +200,34 @@ class GradProjLoraEngine:
             for layer in self.projection.plan.layers
         }
 
-    def collect(self, losses_B: Tensor, beside: GradProjLoraEngine | None = None) -> Tensor:
+    def collect(self, losses_B: Tensor) -> Tensor:
         """(B, D) float32: the vectors of the prepared batch, from each sample's own loss.
 
-        ``losses_B[i]`` must depend only on sample i. Call it once after each :meth:`prepare`. Of an engine ``beside``,
-        which is attached to the same model and was prepared for the same pass, the vectors stand behind the own ones;
-        one backward pass gives both.
+        ``losses_B[i]`` must depend only on sample i. Call it once after each :meth:`prepare`.
 
         Raises CaptureError if the backward pass did not reach a branch, or if a check finds that a layer mixes samples;
         no result of the batch may be used then. UsageError if the batch was collected already.
         """
+        return self.projection.assemble(self._reached(losses_B, None))
+
+    def hand_over(
+        self, losses_B: Tensor, take: Callable[[int, Tensor], None], beside: GradProjLoraEngine | None = None
+    ) -> None:
+        """As :meth:`collect`, but ``take(place, block)`` gets the block (B, k_out, k_in) of each layer as soon as the
+        backward pass has made it, and nothing else keeps it: no more than one of them is in memory.
+
+        ``place`` counts the layers in the order of the plan. Those of an engine ``beside``, which is attached to the
+        same model and was prepared for the same pass, come after the own ones; one backward pass gives both. Only for
+        an engine with ``check=False``, since a check needs the blocks of a second pass.
+        """
+        assert not self._checks
+        leaves = [*self._leaves_in_order(), *([] if beside is None else beside._leaves_in_order())]
+        for place, leaf in enumerate(leaves):
+            leaf.register_hook(partial(_handed, take, place))  # type: ignore[no-untyped-call]
+        self._reached(losses_B, beside)
+
+    def _reached(self, losses_B: Tensor, beside: GradProjLoraEngine | None) -> list[Tensor]:
+        """The blocks of all layers, those of ``beside`` behind the own ones."""
         if losses_B.shape != (self._batch,):
             raise CaptureError(
                 f"losses have shape {tuple(losses_B.shape)}; one each for {self._batch} samples is needed"
@@ -267,11 +285,7 @@ class GradProjLoraEngine:
                 "use_reentrant=False",
                 unreached,
             )
-        reached = [block for block in blocks if block is not None]
-        vectors = self.projection.assemble(reached[: len(leaves)])
-        if beside is None:
-            return vectors
-        return torch.cat([vectors, beside.projection.assemble(reached[len(leaves) :])], dim=1)
+        return [block for block in blocks if block is not None]
 
     def _ran_by_another_name(self, layer: BlockPlan) -> bool:
         return any(use.module in self._ran for use in layer.block.uses)
@@ -417,6 +431,12 @@ class GradProjLoraEngine:
             return seen.back((seen if self._witness is None else self._witness.tap(use.module, seen)).outputs)
 
         return hook
+
+
+def _handed(take: Callable[[int, Tensor], None], place: int, block_BKJ: Tensor) -> Tensor:
+    """Give a block away, and let zeros that take no memory stand for it."""
+    take(place, block_BKJ)
+    return block_BKJ.new_zeros(()).expand_as(block_BKJ)
 
 
 def _is_power(batches: int) -> bool:

@@ -296,7 +296,8 @@ class _Training:
             tokens,
             fields=self.fields,
             max_samples=self.max_samples,
-            template_date=tokenizer.template_date,
+            max_length=max_length,
+            tokenizer=tokenizer,
             ranks=self.ranks,
             progress=self.progress,
         )
@@ -376,6 +377,7 @@ class _Training:
             vocabulary=embedding_rows(model),
             note=self.progress.note,
             template_date=of_tokens or of_checkpoint or date.fromordinal(int(self.ranks.sum(day))).isoformat(),
+            takes_ids=self.tokenizer is not None,
         )
 
     def _val(self, tokenizer: Tokenizer, max_length: int) -> ValSet | None:
@@ -400,11 +402,7 @@ class _Training:
         }
 
     def _resumed(
-        self,
-        saved: SavedState | None,
-        manifest: Manifest,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        self, saved: SavedState | None, manifest: Manifest, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> Resumed:
         """Where training stands: at its beginning, or where the newest checkpoint left it."""
         if saved is None:

@@ -67,6 +67,8 @@ def query_near(options: QueryOptions, progress: Progress) -> QueryResult:
         chosen=Chosen(question.where or "", mask, int(mask.sum())),
     )
     note_repeated(part, progress)
+    if options.histogram:
+        scorer.scores(progress)  # the rows are ranked by these: the vectors are read once
     rankings = scorer.rank(options.top_k, options.bottom_k, progress)
     counted: Distribution | None = None
     if options.histogram and scorer.chosen is not None and scorer.chosen.count:

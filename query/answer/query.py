@@ -100,7 +100,7 @@ def query(options: QueryOptions) -> QueryResult:
 
     ``run`` names a training run of the store instead of a part: its samples are ranked by the gradients that it keeps
     (``ghoststore train --keep-gradients``), as committed at this moment, also while it trains. A sample's score is the
-    sum of its scores at the steps it was in, each times the step's ``weight``, see `query.training_scores.weights`; of
+    sum of its scores at the steps it was in, each times the step's ``weight``, see ``docs/scores.md``; of
     ``step_window`` (``"0:100"`` or a slice), or of the ``last`` so many steps. With ``val_set``, ``checkpoint`` is a
     checkpoint of that training; without, each step's samples are held against the val gradient of that step, and no
     model is needed. Of a run that chose, a visit counts with the weight that its sample had in the step; with
@@ -114,11 +114,21 @@ def query(options: QueryOptions) -> QueryResult:
     ``near`` is a row of the corpus in the place of a val set: the rows whose stored vectors are most similar to its
     own, without itself. It needs no model; what belongs to a val set is refused.
 
+    ``server`` is the address of an explorer (``ghoststore serve``), with its token, or without and that in
+    GHOSTSTORE_TOKEN. It answers in the place of a store here, with the model that it keeps; ``store`` is then the name
+    of one of its stores, where it has several. What it does not offer is refused by name.
+
     ``report`` is a new .html file: the answer as one page, with histograms, domains and what each layer adds.
 
     Raises UsageError for a val set without a usable row and for patterns that match no layer, MismatchError for
     another checkpoint, tokenizer or projection and for a run on other samples, CorruptError for damaged rows.
     """
+    if options.server is not None:
+        from query.answer.remote import ask_server
+
+        return ask_server(options)
+    if not str(options.store):
+        raise UsageError("give `store`, whose rows are ranked; or `server`, the address of an explorer")
     return answer(options)
 
 
@@ -200,6 +210,9 @@ def _answer(
         )
         scorer.find = find
         note_repeated(scorer.part, progress)
+        if "histogram" in settings and len(scorer.names) == 1:
+            # The rows are ranked by these, and the vectors read once. Of several queries their last bits may differ.
+            scorer.scores(progress)
         if how.rerank is None:
             rankings = scorer.rank(*counts, progress, index=ann)
         else:

@@ -173,6 +173,14 @@ def test_where_it_was_trained_on(lab: Lab, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["history"] == run["history"]
 
 
+@pytest.mark.parametrize("path", ["select", "sample/part/0/runs", "sample/part/0/duplicates"])
+def test_nothing_without_the_token(explorer: ghoststore.Explorer, path: str) -> None:
+    body = b"{}" if path == "select" else None
+    with pytest.raises(HTTPError) as refused:
+        urlopen(Request(f"http://127.0.0.1:{explorer.port}/api/{path}", body, {"Content-Type": "application/json"}))
+    assert refused.value.code == 401
+
+
 def test_the_document_names_them(explorer: ghoststore.Explorer) -> None:
     request = Request(
         f"http://127.0.0.1:{explorer.port}/openapi.json", headers={"Authorization": f"Bearer {explorer.token}"}

@@ -1,10 +1,10 @@
 // Rows to train on: a whole ranking, cut somewhere, or rows that were picked by hand. The server writes them as
 // `ghoststore select` does.
 
-import { request } from "./api.js";
+import { request, storeName } from "./api.js";
 import { busy, byId, copyButton, make, problem, visible, whole } from "./dom.js";
 
-const KEY = "ghoststore-picked";
+const KEY = `ghoststore-picked ${storeName || ""}`; // of each store its own
 const MUCH = { fraction: ["Best share, 0 to 1", "0.05"], count: ["Best rows", "100"], token_budget: ["Best, as many tokens", "100000"], threshold_nats: ["At least this in nats", "0.001"] };
 const CHOICES = { quotas: [["", "as they come"], ["proportional", "as in the corpus"], ["equal", "the same of each"]], form: [["jsonl", "jsonl"], ["parquet", "parquet"]], leaks: [["exclude", "left out"], ["keep", "kept"]] };
 

@@ -53,7 +53,7 @@ function domainBars(domains, count, choose) {
     return [
       button,
       make("span", { class: "shares", "aria-hidden": "true" }, bar("of-hits", count ? domain.hits / count : 0), bar("of-all", domain.rows / all)),
-      make("span", { class: "count" }, `${whole(domain.hits)} of ${whole(count)}`, make("span", { class: "hint" }, ` (${((100 * domain.rows) / all).toFixed(0)} % of all)`)),
+      make("span", { class: "count" }, `${whole(domain.hits)} of ${whole(count)}`, make("span", { class: "hint" }, ` (${((100 * domain.rows) / all).toFixed(domain.rows / all < 0.0095 ? 1 : 0)} % of all)`)),
     ];
   });
   return make("figure", { class: "chart" },

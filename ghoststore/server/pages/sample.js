@@ -77,7 +77,7 @@ export async function showSample([part, row]) {
   const hasVector = sample.rows.some((row_) => ["ok", "truncated"].includes(row_.status));
   place.replaceChildren(
     make("article", { class: "card" },
-      make("div", { class: "line" }, make("h3", { class: "id" }, sample.id), hasVector ? pickBox(sample.part, sample.source_row, sample.id) : null),
+      make("div", { class: "line" }, make("h2", { class: "id" }, sample.id), hasVector ? pickBox(sample.part, sample.source_row, sample.id) : null),
       facts([
         ["part", sample.part],
         ["row of the corpus", whole(sample.source_row)],

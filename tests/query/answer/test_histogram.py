@@ -15,7 +15,7 @@ from query.answer.distribution import BINS, binned
 if TYPE_CHECKING:
     from tests.conftest import Lab
 
-VAL = [{"text": "the old dog runs"}, {"text": "a river"}]
+VAL = [{"text": "the old dog runs", "task": "a"}, {"text": "a river", "task": "b"}]
 
 
 def ask(built: Path, **options: Any) -> ghoststore.QueryResult:
@@ -24,12 +24,22 @@ def ask(built: Path, **options: Any) -> ghoststore.QueryResult:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"each": True}, {"metric": "cosine", "where": "domain = 'sky'"}, {"lexical": 0.5}],
-    ids=["mean", "each", "some", "words"],
+    [
+        {},
+        {"each": True},
+        {"group_field": "task", "combine": "max"},
+        {"metric": "cosine", "where": "domain = 'sky'"},
+        {"lexical": 0.5},
+    ],
+    ids=["mean", "each", "groups", "some", "words"],
 )
 def test_counts_are_of_all_rows(built: Path, options: dict[str, Any]) -> None:
     every = ask(built, top_k=10_000, **options)
     found = ask(built, top_k=3, histogram=True, **options)
+    plain = ask(built, top_k=3, bottom_k=2, **options)
+    again = ask(built, top_k=3, bottom_k=2, histogram=True, **options)
+    for one, other in zip(plain, again, strict=True):  # ranked by the scores that are counted: the same
+        assert (one.hits, one.bottom) == (other.hits, other.bottom)
     for of_all, ranking in zip(every, found, strict=True):
         counted = ranking.histogram
         assert counted is not None

@@ -67,6 +67,8 @@ def test_equals_products_of_stored_vectors(store: Path, part: str, metric: str) 
     assert ranking.bottom[0].score == pytest.approx(ranking[-1].score)
     assert ranking.histogram is not None
     assert ranking.histogram.rows == len(ranking)
+    plain = ghoststore.query(store=store, part=part, near=7, metric=metric, top_k=500, bottom_k=1)
+    assert plain[0].hits == ranking.hits, "ranked by the scores that are counted: the same bits"
     assert (result.settings["near"], result.settings["unit"], ranking.query) == (7, None, "row-7")
     assert ranking[0].text
 
