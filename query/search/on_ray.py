@@ -198,9 +198,9 @@ def _asked(
 
 def _ranges(spans: int, searched: Sequence[int], actors: int) -> list[list[list[int]]]:
     """For each actor its ranges: those of the ``searched`` spans that lie in them. The same ranges for any question."""
-    pieces = [
-        [int(span) for span in piece if span in wanted]
-        for wanted in [set(searched)]
-        for piece in np.array_split(np.arange(spans), actors * PIECES)
-    ]
-    return [[piece for piece in pieces[first : first + PIECES] if piece] for first in range(0, len(pieces), PIECES)]
+    wanted, count = set(searched), min(spans, actors * PIECES)
+    ranges: list[list[list[int]]] = [[] for _ in range(actors)]
+    for number, piece in enumerate(np.array_split(np.arange(spans), count)):
+        if chosen := [int(span) for span in piece if span in wanted]:
+            ranges[number * actors // count].append(chosen)
+    return ranges

@@ -128,11 +128,13 @@ def test_by_a_ray_cluster(bucket: Bucket, grown: Path, both: tuple[Path, str], t
         assert ask(grown, both[1], engine="ray") == whole
         with ghoststore.open(both[1], part="first", device="cpu", engine="ray") as session:
             settings = {"top_k": 9, "bottom_k": 4, "each": True}
-            for already in (False, True):
+            counts = []
+            while len(counts) < 10 and (not counts or counts[-1]):  # an actor that is there late begins with nothing
                 bucket.server.reset()
                 assert session.query(grown / "val.jsonl", **settings).to_json()["results"] == first
-                asked = [line for line in bucket.server.log if "/vectors/c/" in line]
-                assert bool(asked) is not already
+                counts.append(sum("/vectors/c/" in line for line in bucket.server.log))
+            assert counts[0] > 0
+            assert counts[-1] == 0
         logs = Path(ray._private.worker._global_node.get_session_dir_path())
     finally:
         ray.shutdown()
