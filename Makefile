@@ -38,11 +38,12 @@ lint: $(READY)  ## style, types, and the order of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Not --quiet: it hides warnings from --strict.
 docs: $(READY)  ## write the generated pages again, and build the site (build/site/index.html)
 	$(BIN)/python -m ghoststore.cli.reference docs/cli.md
 	$(BIN)/python docs/site/reference.py docs/api
 	$(BIN)/python docs/site/comparison.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 ghoststore-demo/demo.json: $(READY)
 	$(MAKE) demo

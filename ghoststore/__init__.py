@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from ghoststore.store import Store as Store
     from ghoststore.store.info import info as info
     from ghoststore.store.manage.copy import copy as copy
-    from ghoststore.store.manage.export import export as export
     from ghoststore.store.manage.gc import gc as gc
     from ghoststore.store.manage.remove import remove as remove
     from ghoststore.store.manage.rename import rename as rename
@@ -62,6 +61,7 @@ if TYPE_CHECKING:
     from query.evaluate.evaluate import evaluate as evaluate
     from query.exact.full_gradients import FullGradientsReport as FullGradientsReport
     from query.exact.full_gradients import full_gradients as full_gradients
+    from query.export.export import export as export
     from query.fidelity.fidelity import FidelityReport as FidelityReport
     from query.fidelity.fidelity import fidelity as fidelity
     from query.fidelity.plot_error import ErrorCurve as ErrorCurve

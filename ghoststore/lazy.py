@@ -27,7 +27,7 @@ FACE = {
     "remove": "ghoststore.store.manage.remove",
     "rename": "ghoststore.store.manage.rename",
     "copy": "ghoststore.store.manage.copy",
-    "export": "ghoststore.store.manage.export",
+    "export": "query.export.export",
     "BuildReport": "indexer.build.report",
     "build": "indexer.build.build",
     "GradDotProdEngine": "indexer.dotprod",

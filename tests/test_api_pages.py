@@ -75,6 +75,7 @@ def test_no_mark_of_docstrings_is_left(pages: dict[str, str]) -> None:
         prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
         for mark in (":class:", ":meth:", ":func:", ":attr:", "``", "<class", "::\n", "object at 0x"):
             assert mark not in prose, f"{name}: {mark}"
+        assert not re.findall(r"`(?:indexer|query)\.[\w.]+`", prose), f"{name}: users import from ghoststore alone"
 
 
 def test_docstrings_become_markdown(reference: ModuleType) -> None:

@@ -66,7 +66,7 @@ def shown_commands() -> list[tuple[str, str]]:
         (page.name, line.split("  #")[0].replace("…", ""))
         for page in PAGES
         for block in blocks(page, "bash")
-        for line in block.splitlines()
+        for line in block.replace("\\\n", " ").splitlines()
         if line.startswith("ghoststore ")
     ]
 
@@ -145,19 +145,6 @@ class Loops:
 
     def names(self) -> dict[str, Any]:
         return {**vars(self), "get_batch": self.get_batch, "train_step": self.train_step, "torch": torch}
-
-
-@pytest.mark.slow
-def test_the_python_of_the_landing_page_runs(
-    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (block,) = blocks(ROOT / "docs/index.md", "python")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my-model").symlink_to(lab.checkpoint)
-    (tmp_path / "train.jsonl").symlink_to(lab.corpus)
-    lab.write(tmp_path / "val.jsonl", lab.sample_rows(3, 5))
-    exec(block, {})
-    assert len([line for line in capsys.readouterr().out.splitlines() if " row-" in line]) == min(20, len(lab.rows))
 
 
 def test_the_plain_loop_runs() -> None:

@@ -1,6 +1,6 @@
 """Python in the docs: every block compiles, imports what there is, names what is public, and gives keywords that exist.
 
-The blocks that a reader would copy whole are run, in ``test_docs.py`` and beside the code that they are of.
+The blocks that a reader would copy whole are run: here, in ``test_docs.py``, and beside the code that they are of.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
 import ghoststore
 from tests.test_docs import PAGES, ROOT
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
 
 GIVEN = {
     "batches", "config", "dataset", "get_batch", "loss_of", "loss_of_each_sample", "losses_of", "max_steps", "model",
@@ -133,3 +136,16 @@ def test_public_names_are_called_with_keywords_that_exist(block: Block) -> None:
             if parameter.default is parameter.empty and parameter.kind is parameter.KEYWORD_ONLY
         }
         assert needed <= {keyword.arg for keyword in call.keywords}, f"{name} needs more: {ast.unparse(call)}"
+
+
+@pytest.mark.slow
+def test_the_python_of_the_landing_page_runs(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = python_of(ROOT / "docs/index.md")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").symlink_to(lab.checkpoint)
+    (tmp_path / "train.jsonl").symlink_to(lab.corpus)
+    lab.write(tmp_path / "val.jsonl", lab.sample_rows(3, 5))
+    exec(block, {})
+    assert len([line for line in capsys.readouterr().out.splitlines() if " row-" in line]) == min(20, len(lab.rows))

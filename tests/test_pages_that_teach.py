@@ -24,7 +24,7 @@ SMALLER = {
     "--count 600": "--count 75",
     "--max-length 128": "--max-length 64",
     "--max-steps 300": "--max-steps 60",
-    "--max-steps 150": "--max-steps 40",
+    "--max-steps 75": "--max-steps 20",
     "checkpoint-300": "checkpoint-60",
 }
 
@@ -38,7 +38,7 @@ def code(page: str, *languages: str) -> list[tuple[str, str]]:
 def run(lab: Lab, block: str, folder: Path) -> str:
     """stdout of the ghoststore commands of a block, each of which must succeed."""
     out = ""
-    for line in block.splitlines():
+    for line in block.replace("\\\n", " ").splitlines():
         if line.startswith("ghoststore "):
             outcome = lab.run(*shlex.split(line)[1:], cwd=folder)
             assert outcome.code == 0, f"{line}\n{outcome.err}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from words import ALIASES, OURS, Links, attributes, default, docstring, is_optio
 
 import ghoststore
 from ghoststore import errors, progress
+from ghoststore.lazy import FACE
 from ghoststore.settings.option import options_of, parameters_of
 
 WRITTEN = "Written by `make docs` from the docstrings and options themselves; do not edit."
@@ -100,7 +101,7 @@ PAGES = (
         about="The command `train` as a function, and the scores that a run keeps.",
         names=("train", "TrainConfig", "TrainReport", "scores", "ScoresResult", "watch", "Run"),
         only={
-            "TrainConfig": (),
+            "TrainConfig": ("of",),
             "Run": ("steps", "ranges", *GROUP, "committed_steps", "read_committed", "reload", "summarize"),
         },
     ),
@@ -199,13 +200,19 @@ class Reference:
         """A table of the options of a function, or of a class of options."""
         help_of = {spec.name: option.help for spec, option in options_of(kind)}
         rows = []
+        factories = {spec.name: spec.default_factory for spec in fields(kind) if spec.default_factory is not MISSING}
         for parameter in parameters_of(kind):
             of_type = type_words(parameter.annotation, {}, self.links)
             if parameter.name == "tokenizer":  # the same union
                 of_type = of_type.replace("`Checkpoint`", "`TokenizerSource`")
             value = default(parameter.default)
-            rows.append((f"`{parameter.name}`", of_type, f"`{value}`" if value else "*needed*",
-                         line(help_of.get(parameter.name, ""), self.links)))  # fmt: skip
+            if parameter.name in factories:
+                value = f"{factories[parameter.name].__name__}()"
+            help_text = help_of.get(parameter.name, "")
+            if not help_text and is_options(parameter.annotation):
+                help_text = "See its own table, below."
+            shown = f"`{value}`" if value else "*needed*"
+            rows.append((f"`{parameter.name}`", of_type, shown, line(help_text, self.links)))
         return table(("parameter", "type", "default", ""), rows)
 
     def of_class(self, page: Page, name: str) -> str:
@@ -215,6 +222,9 @@ class Reference:
             shape = signature(f"ghoststore.{name}", of, typed=not is_dataclass(of))
             pieces.append(f"```py\n{shape}\n```")
         pieces += [docstring(of, self.links, name), *([self.options(of)] if is_options(of) else self.fields(of))]
+        if is_options(of):
+            held = [spec.type for spec in fields(of) if is_options(spec.type) and spec.type.__name__ not in FACE]
+            pieces += [f"### {kind.__name__}\n\n{docstring(kind, self.links)}\n\n{self.options(kind)}" for kind in held]
         members = list(self.members(page, name))
         rows = [
             (
@@ -239,7 +249,7 @@ class Reference:
             (
                 f"`{each.name}`",
                 type_words(each.type, names_of(of), self.links),
-                line(each.meaning, self.links, of.__name__),
+                line(each.meaning or self.help_of(of, each.name), self.links, of.__name__),
             )
             for each in attributes(of)
         ]
@@ -251,6 +261,14 @@ class Reference:
             of, called = value.__func__, f"{name}.{member}"
         shape = signature(called, of, typed=not hasattr(of, "options"))
         return f"### {name}.{member}\n\n```py\n{shape}\n```\n\n{docstring(value, self.links, name)}"
+
+    def help_of(self, of: type, name: str) -> str:
+        """The help of the option of this name, for the fields of a class that users make."""
+        if of.__name__ not in MADE:
+            return ""
+        flat = {spec.name: option.help for spec, option in options_of(ghoststore.train.options)}
+        of_projection = {f"proj_{spec.name}": option.help for spec, option in options_of(ghoststore.ProjectionConfig)}
+        return {**of_projection, **flat}.get(name, "")
 
     def results(self, of: Any, shown: set[str]) -> Iterator[str]:
         """Classes that a function returns, or that the fields of one hold, and that have no public name."""

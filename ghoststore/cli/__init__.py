@@ -43,7 +43,7 @@ COMMANDS = {
     "rm": "remove a part or a training run",
     "mv": "give a part or a training run another name",
     "cp": "a checked copy of a part or a training run, also to another store",
-    "export": "the vectors of a part to safetensors, npy or parquet",
+    "export": "a part to parquet, npy, safetensors, datasets or a map",
     "serve": "a page to ask a store and look at it, and the same as JSON",
     "doctor": "would a store of this model, on this machine, be right?",
     "demo": "the whole story on this machine, nothing downloaded",

@@ -44,6 +44,7 @@ def _print(report: Any) -> None:
         ("part", f"{report.part} in {report.store}"),
         ("rows", f"{report.rows:,}" + (f" ({report.resumed_rows:,} were there)" if report.resumed_rows else "")),
         *([("share", _share(report))] if report.worker else []),
+        *([("workers", _workers(report))] if report.workers is not None else []),
         *((f"  {status.replace('_', ' ')}", f"{count:,}") for status, count in report.statuses.items()),
         ("tokens", f"{report.tokens:,}" if report.tokens is not None else "not counted"),
         ("layers", f"{report.layers}, {report.coverage:.1%} of the model's parameters"),
@@ -51,11 +52,15 @@ def _print(report: Any) -> None:
         ("on disk", f"vectors and numbers {unit} {human_bytes(report.bytes_on_disk)}"),
     ]
     if report.dry_run:
-        facts.append(("memory", f"about {human_bytes(report.memory_bytes)} beside the model and its activations"))
+        each = ", in each" if report.workers is not None else ""
+        memory = f"about {human_bytes(report.memory_bytes)} beside the model and its activations{each}"
+        facts.append(("memory", memory))
     if report.seconds:
         facts.append(("time", _times(report)))
+    if report.new_rows:
+        facts.append(("new rows", "the corpus goes on behind these, as it has grown: see below"))
     print_facts("dry run" if report.dry_run else "built", facts)
-    if next_commands := _next(report):
+    if next_commands := [*([report.new_rows] if report.new_rows else []), *_next(report)]:
         print_next(next_commands)
 
 
@@ -89,12 +94,20 @@ def _share(report: Any) -> str:
     return f"worker {report.worker}: {report.rows_built:,} rows built; {rest}"
 
 
+def _workers(report: Any) -> str:
+    """What a dry run says of workers that would build side by side."""
+    if not report.workers:
+        return "nothing is left to build"
+    return f"{report.workers:,} side by side, each builds at most {report.rows_built:,} rows if all are equally fast"
+
+
 def _times(report: Any) -> str:
     """The split between learning and building; of a dry run an estimate."""
     learning, computing = report.seconds.get("learning", 0.0), report.seconds["compute"]
     split = f"learning the projection {_seconds(learning)}, " if learning else ""
     if report.dry_run:
-        return f"about {_seconds(learning + computing)}: {split}building {_seconds(computing)}"
+        alone = " in one process" if report.workers is not None else ""
+        return f"about {_seconds(learning + computing)}{alone}: {split}building {_seconds(computing)}"
     rate = f" ({report.rows_built / computing:,.1f} rows/s)" if computing else ""
     text = f"{_seconds(report.seconds['total'])}: {split}building {_seconds(computing)}{rate}"
     if learning > computing:

@@ -57,6 +57,7 @@ def _print(report: Any) -> None:
             ("rows", report.out),
             ("report", report.report),
             ("list of rows", report.rows_file),
+            *([("dataset card", report.card)] if report.card else []),
             (
                 "lowest score chosen",
                 f"{report.scores['chosen']['lowest'] * factor:{form}}{' ' + score if unit else ''}",

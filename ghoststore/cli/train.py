@@ -93,9 +93,12 @@ def _next(report: Any, keywords: options.Keywords) -> list[str]:
     store, checkpoint, run = map(shlex.quote, (str(report.store), str(report.checkpoint), report.run))
     data = keywords["data"]
     named = isinstance(data, str) and data != "-" and keywords.get("fields") in (None, Fields())
+    corpus = shlex.quote(data) if named else "…"
+    if named and data.endswith(".bin"):  # token ids, which do not say whose they are
+        corpus += f" --tokenizer {shlex.quote(str(keywords['tokenizer']))}"
     return [
         f"ghoststore scores --store {store} --run {run}",
-        f"ghoststore build --checkpoint {checkpoint} --data {shlex.quote(data) if named else '…'} --store {store}",
+        f"ghoststore build --checkpoint {checkpoint} --data {corpus} --store {store}",
     ]
 
 

@@ -76,6 +76,17 @@ def entries_of(kind: type) -> Iterator[Entry]:
                 yield Entry((spec.name, *inner.path), inner.spec, inner.option)
 
 
+def flag_words(entry: Entry, value: Any) -> list[str]:
+    """The words of a command line that give ``value``."""
+    if isinstance(value, bool):
+        return [entry.flag] if value else [entry.off] if entry.off else []
+    if not isinstance(value, list | tuple):
+        return [entry.flag, str(value)]
+    if entry.option.repeated:
+        return [word for one in value for word in (entry.flag, str(one))]
+    return [entry.flag, ",".join(map(str, value))]
+
+
 class Flags:
     """The flags of a command, by the names of its parameters.
 

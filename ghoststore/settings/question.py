@@ -13,6 +13,7 @@ from ghoststore.settings.shared import (
     Checkpoint,
     Data,
     DeviceOption,
+    EngineOptions,
     FieldsOption,
     LayersOptions,
     MetricOption,
@@ -171,6 +172,13 @@ class QuestionOptions(
         None, "Damping of `precondition`, relative to the mean eigenvalue (default: 0.1).", "Scoring"
     )
     max_samples: int | None = option(None, f"{FIRST_VAL_SAMPLES} `minus` is read whole.", "Input")
+    phrase: str | None = option(
+        None,
+        "Of a val set of one sample: rank by the characters A up to, not including, B of its text alone. The model "
+        "reads all of it; the loss is that of the phrase.",
+        "Scoring",
+        metavar="A:B",
+    )
     with_scores: str | None = option(
         None,
         "Blend with the values of this training run of the store: (1-W)·z(similarity) + W·z(value). The value of a "
@@ -228,9 +236,26 @@ class RerankOptions:
 
 
 @options
-class QueryOptions(ProgressOption, RankingOptions, RerankOptions, RunGradientsOptions, QuestionOptions):
+class QueryOptions(ProgressOption, RankingOptions, EngineOptions, RerankOptions, RunGradientsOptions, QuestionOptions):
     """Options of ``ghoststore query``."""
 
+    near: int | None = option(
+        None,
+        "In the place of a val set: this row of the corpus (`source_row` of a result). Its stored vector is asked "
+        "with; no model is needed.",
+        "Input",
+        metavar="ROW",
+    )
+    store: str | Path = option(
+        "", f"{STORE} With `server`: the name of a store there, if it has several.", "Input", metavar="PATH"
+    )
+    server: str | None = option(
+        None,
+        "Ask an explorer, which has the model already: the address that `ghoststore serve` printed. Its token may be "
+        "in GHOSTSTORE_TOKEN instead.",
+        "Input",
+        metavar="URL",
+    )
     each: bool = option(
         False,
         "One ranking for each val sample, or one for the val set's mean gradient.",
@@ -249,6 +274,9 @@ class QueryOptions(ProgressOption, RankingOptions, RerankOptions, RunGradientsOp
         "rows shown again.",
         "Output",
     )
+    histogram: bool = option(
+        False, "Also count the scores of all rows in 60 bins, and the rows of each domain.", "Output"
+    )
     candidates: bool = option(
         False, "Of a `run` that chose: count candidates that were not trained on, too, all alike.", "Scoring"
     )
@@ -258,7 +286,7 @@ class QueryOptions(ProgressOption, RankingOptions, RerankOptions, RunGradientsOp
 
 
 @options
-class OpenOptions(ProgressOption, RebuiltOptions):
+class OpenOptions(ProgressOption, EngineOptions, RebuiltOptions):
     """Options of ``ghoststore.open``."""
 
     store: str | Path = field(kw_only=False, metadata=about(STORE, "Input"))
@@ -322,6 +350,9 @@ class SelectOptions(ProgressOption, RunGradientsOptions, QuestionOptions):
     order: Order = option("corpus", "Order of the rows in `out`.", "Output")
     report: str | Path | None = option(
         None, "New .json file for the report (default: `out` and .report.json).", "Output", metavar="FILE"
+    )
+    card: bool = option(
+        False, "Also a Hugging Face dataset card: README.md, in a folder `out`, or beside a file.", "Output"
     )
 
 

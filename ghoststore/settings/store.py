@@ -97,16 +97,45 @@ class CopyOptions(ProgressOption, OneOptions):
 
 
 @options
-class ExportOptions(ProgressOption, WhereOption, StoreOption):
+class ExportOptions(ProgressOption, BehindOption, WhereOption, StoreOption):
     """Options of ``ghoststore export``."""
 
     part: str | None = option(None, "Part to export (default: the only one).", "Input")
     run: str | None = option(None, "Or the training run, whose gradients are exported.", "Input")
-    out: str | Path = field(metadata=about("A new .safetensors, .npy or .parquet file.", "Output", metavar="FILE"))
+    out: str | Path = field(
+        metadata=about("A new .safetensors, .npy or .parquet file; datasets: a new folder.", "Output", metavar="PATH")
+    )
+    format: Literal["vectors", "embedding-atlas", "datasets"] = option(
+        "vectors",
+        "embedding-atlas: .parquet of texts on a map, with each row's neighbors; datasets: save_to_disk folder with "
+        "texts and vectors.",
+        "Output",
+    )
     dtype: Literal["float32", "stored"] = option(
         "float32", "Numbers of the vectors; stored: as the store has them, with their scales.", "Output"
     )
     unusable: bool = option(False, "Also rows without a vector: zeros, with their status.", "Output")
+    max_rows: int | None = option(None, "embedding-atlas: a random N of the rows.", "Output", metavar="N")
+    neighbors: int = option(15, "embedding-atlas: nearest rows of each row, by cosine.", "Output", metavar="K")
+    seed: int = option(0, "embedding-atlas: seed of the map and of the random rows.", "Output")
+
+    def __post_init__(self) -> None:
+        of_atlas = {"max_rows": self.max_rows is not None, "neighbors": self.neighbors != 15, "seed": self.seed != 0}
+        for name, given in of_atlas.items():
+            if given and self.format != "embedding-atlas":
+                raise UsageError(f"`{name}` belongs to `format=embedding-atlas`")
+        if self.format == "vectors" and self.data is not None:
+            raise UsageError("`data` is for texts, which `format=embedding-atlas` and `format=datasets` write")
+        if self.format != "vectors" and self.run is not None:
+            raise UsageError(f"`format={self.format}` takes a part; of a run, `out` a .parquet file has all but texts")
+        if self.format == "embedding-atlas" and (self.unusable or self.dtype != "float32"):
+            raise UsageError(
+                "`format=embedding-atlas` writes no vectors, so neither `dtype` nor `unusable` means anything to it"
+            )
+        if self.neighbors < 1:
+            raise UsageError(f"`neighbors` must be at least 1, not {self.neighbors}")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise UsageError(f"`max_rows` must be at least 1, not {self.max_rows}")
 
 
 @options

@@ -23,7 +23,7 @@ from ghoststore.store.spans.writer import writing
 from indexer.build.beginning import begin
 from indexer.build.corpus_plan import other_places
 from indexer.build.estimate import estimated_seconds
-from indexer.build.growth import refuse_grown
+from indexer.build.growth import command_for_new_rows, refuse_grown
 from indexer.build.inputs import open_inputs, part_name
 from indexer.build.job import BuildJob, plan_job
 from indexer.build.like import resolved
@@ -52,7 +52,8 @@ def build(options: BuildOptions) -> BuildReport:
     is what its projection learned. The parts can then be ranked as one. ``skip_samples`` leaves out the first samples.
 
     If the part exists and is of the same build, it is continued: only spans without a commit record are computed. The
-    result is byte-identical to that of an uninterrupted build.
+    result is byte-identical to that of an uninterrupted build. Of a corpus that grew at its end meanwhile it has the
+    samples that it was begun with; the report has the command for the others.
 
     ``workers`` processes of this machine build side by side; with ``worker="2/8"`` this process builds the second of
     eight shares beside others, on this machine or others that see the same store; with ``engine="ray"`` actors of a Ray
@@ -80,18 +81,22 @@ def build(options: BuildOptions) -> BuildReport:
         with open_inputs(options, progress) as inputs:
             job = plan_job(inputs, progress)
             report = replace(BuildReport.of(job), seconds=estimated_seconds(job))
+            if options.workers is not None:
+                return _of_workers(report, job, options.workers)
             return report if share is None else _of_share(report, job, share)
     with opened(options, progress, None if share is None else share.of) as (job, part):
         chosen = range(part.layout.spans) if share is None else share.of(part.layout.spans)
         missing = sorted(set(chosen) - set(part.spans))
         seconds = compute_spans(part, job, progress, None if share is None else missing)
-        built = describe(Part(part.path))
+        completed = Part(part.path)
+        built = describe(completed)
         return replace(
             BuildReport.of(job),
             tokens=built.tokens,
             resumed_rows=part.rows,
             rows_built=sum(stop - start for start, stop in map(part.layout.span_of, missing)),
             worker=None if share is None else str(share),
+            new_rows=command_for_new_rows(completed, job) if completed.complete else None,
             statuses=built.statuses,
             seconds={"total": time.perf_counter() - started, "learning": job.learning_seconds, **seconds},
         )
@@ -107,6 +112,16 @@ def _of_share(report: BuildReport, job: BuildJob, share: Share) -> BuildReport:
     if "compute" in seconds:
         seconds["compute"] *= rows / left
     return replace(report, worker=str(share), rows_built=rows, seconds=seconds)
+
+
+def _of_workers(report: BuildReport, job: BuildJob, workers: int) -> BuildReport:
+    """The dry run's ``report`` for ``workers`` that take the missing spans in turn."""
+    existing = job.inputs.existing
+    missing = job.layout.spans - (0 if existing is None else len(existing.spans))
+    busy = min(workers, missing)
+    left = report.rows - (0 if existing is None else existing.rows)
+    rows = min(left, -(-missing // busy) * job.layout.span_rows) if busy else 0
+    return replace(report, workers=busy, rows_built=rows)
 
 
 @contextmanager
@@ -134,6 +149,11 @@ def opened(
             beginning.close()
             if problem := remember(part.manifest, job.manifest["source"], part.path):
                 progress.note(problem)
+            if share is None and command_for_new_rows(part, job) is not None:
+                progress.note(
+                    f"{inputs.corpus.source} has grown since part {part.name!r} was begun: this build completes the "
+                    f"{job.plan.scan.rows:,} samples of then, and names the command for those that follow"
+                )
             # A complete part in a folder without write access is only read: there is nothing to write.
             if not part.complete or may_write(part.path):
                 stack.enter_context(writing(part, shared=share is not None))

@@ -53,6 +53,8 @@ class CorpusPlan:
     """Fields that are kept as columns."""
     kept_fingerprint: str | None = None
     """Of their values; None without any."""
+    goes_on: bool = False
+    """Whether the corpus has more than the samples that a part was begun with, if these alone are planned."""
 
 
 class SpanDigest:
@@ -148,6 +150,7 @@ def plan_corpus(
     """Scan ``corpus`` (the first ``max_samples`` samples after ``skip_samples``) for spans of ``span_rows`` rows.
 
     A part of the first ``known`` of these samples exists: their own fingerprint tells whether the corpus only grew.
+    Where these alone are planned, to complete it, the plan says whether others follow.
 
     The scan tokenizes only if the number of rows depends on it (``overlong`` is ``window`` or ``error``), if the
     tokenizer has tokens that the model's embedding lacks, or with ``tokenize``. ``learning`` sees every sample. A note
@@ -161,7 +164,8 @@ def plan_corpus(
     # Without an id field, ids are places in the corpus, which do not repeat.
     ids = None if corpus.resolved.id is None else RepeatedIds()
     kept = KeptScan(corpus) if corpus.keep else None
-    sample_scan = SampleScan(islice(corpus.samples(), skip_samples, None), max_rows=max_samples, known=known)
+    all_samples = islice(corpus.samples(), skip_samples, None)
+    sample_scan = SampleScan(all_samples, max_rows=max_samples, known=known)
     table, tokens = _TableBuilder(span_rows), 0
     with closing(progress.task("scanning corpus", None)) as task:
         samples = _checked(counted(sample_scan, task), tokenizer, ids, learning, kept)
@@ -189,7 +193,16 @@ def plan_corpus(
         repeated_ids=repeated_ids,
         fields=() if kept is None else kept.fields(),
         kept_fingerprint=None if kept is None else kept.fingerprint,
+        goes_on=0 < known == max_samples and _goes_on(all_samples),
     )
+
+
+def _goes_on(samples: Iterator[Sample]) -> bool:
+    """Whether another of ``samples`` follows, if only one that cannot be read: it may be about to be written."""
+    try:
+        return next(samples, None) is not None
+    except CorpusError:
+        return True
 
 
 def planned_as(part: Part) -> CorpusPlan:

@@ -26,7 +26,7 @@ def estimated_seconds(job: BuildJob) -> dict[str, float]:
     inputs, plan, rows_left = job.inputs, job.projected, job.plan.rows
     if inputs.existing is not None:
         rows_left -= inputs.existing.rows
-    rows = rows_of(islice(inputs.corpus.samples(), inputs.options.max_samples), inputs.tokenizer, inputs.tokens)
+    rows = rows_of(islice(inputs.corpus.samples(), inputs.most_samples), inputs.tokenizer, inputs.tokens)
     usable = list(islice((row for row in rows if row.status.usable), ROWS))
     if not usable or not rows_left or job.plan.tokens is None:
         return {}

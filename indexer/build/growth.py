@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ghoststore.errors import MismatchError
-from ghoststore.settings.shared import in_memory
+from ghoststore.settings.shared import in_memory, is_stdin
 from ghoststore.store import Part
 from ghoststore.store.base.manifest import PART, differences
 from ghoststore.store.base.names import safe_name
@@ -31,14 +31,29 @@ def refuse_grown(part: Part, job: BuildJob) -> None:
             if not any(f"{path}.".startswith(f"{name}.") for name in GROWS):
                 return
     samples, now = stored["corpus"]["samples"], wanted["corpus"]["samples"]
-    rest = "" if part.complete else f"; part {part.name!r} is not complete: with `worker=1/1` this build completes it"
+    rest = ""
+    if not part.complete:  # it is completed by the same build alone
+        as_begun = stored["corpus"]["max_samples"]
+        words = "without `max_samples`" if as_begun is None else f"with `max_samples={as_begun}`"
+        rest = f"; part {part.name!r} is not complete: {words} this build completes it, which is to be done first"
     raise MismatchError(
         f"{job.inputs.corpus.source} has grown since part {part.name!r} of {part.path.parent.parent} was built: the "
         f"{samples:,} samples of the part are unchanged, {now - samples:,} follow; nothing was changed{rest}. This "
-        f"builds the new ones as a part of their own:\n  {_command(part, job)}\n"
+        f"builds the new ones as a part of their own:\n  {_command(part, job, now - samples)}\n"
         f"Both are ranked as one by `ghoststore query --part {part.name} --part {_name(part)} …`. Or give another "
         "`name` to build all rows anew"
     )
+
+
+def command_for_new_rows(part: Part, job: BuildJob) -> str | None:
+    """The command that builds what follows the samples of ``part``, which ``job`` has completed; None where nothing
+    does, where no more is asked for, or where the corpus has no path.
+    """
+    options, samples = job.inputs.options, int(part.manifest["corpus"]["samples"])
+    most = options.max_samples
+    if not job.plan.goes_on or most == samples or in_memory(options.data) or is_stdin(options.data):
+        return None
+    return _command(part, job, None if most is None else most - samples)
 
 
 def _name(part: Part) -> str:
@@ -47,7 +62,8 @@ def _name(part: Part) -> str:
     return safe_name(begun or part.name, f"from-{corpus.get('skip_samples', 0) + corpus['samples']}")
 
 
-def _command(part: Part, job: BuildJob) -> str:
+def _command(part: Part, job: BuildJob, samples: int | None) -> str:
+    """The command for the ``samples`` that follow those of ``part``; without `max_samples` all, as then."""
     options, corpus, own = job.inputs.options, part.manifest["corpus"], is_own(part.manifest)
     # What is given counts where the part does not say it, or may not be believed.
     given = {
@@ -63,6 +79,6 @@ def _command(part: Part, job: BuildJob) -> str:
         store=options.store,
         name=_name(part),
         skip_samples=corpus.get("skip_samples", 0) + corpus["samples"],
-        max_samples=None if options.max_samples is None else job.plan.scan.rows - corpus["samples"],
+        max_samples=None if options.max_samples is None else samples,
         **given,
     )

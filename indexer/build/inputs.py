@@ -61,6 +61,10 @@ class BuildInputs:
     """The part whose projection and settings this one shares."""
     repairing: bool = False
     """Whether ``existing`` is being repaired: its own scales are then used, whatever else it has lost."""
+    most_samples: int | None = None
+    """Samples of the corpus that are read at most: those that are asked for, or those of a part that is completed or
+    repaired, whose corpus may have grown since. None for all.
+    """
 
     @cached_property
     def identity(self) -> Manifest:
@@ -179,7 +183,16 @@ def open_inputs(
             ),
             like=like,
             repairing=repaired is not None,
+            most_samples=_most_samples(options, existing, repairing=repaired is not None),
         )
+
+
+def _most_samples(options: BuildOptions, existing: Part | None, *, repairing: bool) -> int | None:
+    """See :attr:`BuildInputs.most_samples`. Where another ``max_samples`` is asked for, the part is not continued."""
+    asked = options.max_samples
+    if existing is None or (existing.complete and not repairing) or existing.manifest["corpus"]["max_samples"] != asked:
+        return asked
+    return int(existing.manifest["corpus"]["samples"])
 
 
 def _fields(options: BuildOptions, repaired: Part | None, like: Part | None) -> Fields | ResolvedFields:

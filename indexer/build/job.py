@@ -120,7 +120,7 @@ def plan_job(inputs: BuildInputs, progress: Progress, *, joining: bool = False) 
             # The size of spans does not depend on the number of rows, which only the scan will tell.
             span_rows=_layout(inputs, plan, sys.maxsize).span_rows,
             skip_samples=options.skip_samples,
-            max_samples=options.max_samples,
+            max_samples=inputs.most_samples,
             known=0 if existing is None else int(existing.manifest["corpus"]["samples"]),
             tokenize=options.dry_run,
             learning=learning,
@@ -225,7 +225,7 @@ def _may_pad(inputs: BuildInputs, plan: ProjectionPlan, progress: Progress) -> b
     options, tokens, existing = inputs.options, inputs.tokens, inputs.existing
     if existing is not None and existing.complete:  # nothing will be computed
         return bool(existing.manifest["batching"]["padding"])
-    samples = islice(islice(inputs.corpus.samples(), options.skip_samples, None), options.max_samples)
+    samples = islice(islice(inputs.corpus.samples(), options.skip_samples, None), inputs.most_samples)
     rows = rows_of(samples, inputs.tokenizer, tokens)
     # The first usable rows, however far they are from the beginning of the corpus.
     usable = list(islice((row for row in rows if row.status.usable), ROWS_LOOKED_AT))

@@ -34,9 +34,15 @@ class BuildReport:
     resumed_rows: int = 0
     """Rows that were committed before this call."""
     rows_built: int = 0
-    """Rows that this call has built; in a dry run with ``worker`` those that it would build."""
+    """Rows that this call has built; in a dry run with ``worker`` those that it would build, with ``workers`` the most
+    that one of them would if all are equally fast."""
     worker: str | None = None
     """The share of this process, "I/N"; None if it built all that was missing."""
+    workers: int | None = None
+    """Of a dry run with ``workers``: how many of them would have a span to build."""
+    new_rows: str | None = None
+    """The command that builds what follows in a corpus that has grown since the part was begun; None where it has not,
+    or where nobody looked (workers do not)."""
     statuses: dict[str, int] = field(default_factory=dict)
     """Committed rows by status: fewer than ``rows`` together where other workers are still building theirs."""
     seconds: dict[str, float] = field(default_factory=dict)

@@ -118,8 +118,14 @@ def tokenize(options: TokenizeOptions) -> TokenizeReport:
     return tokenize_as_of(options, None)
 
 
-def tokenize_as_of(options: TokenizeOptions, template_date: str | None) -> TokenizeReport:
-    """As :func:`tokenize`; the chat template writes ``template_date``, by default that of the folder that is there."""
+def tokenize_as_of(
+    options: TokenizeOptions, template_date: str | None, *, stream_rows: int | None = None, takes_ids: bool = True
+) -> TokenizeReport:
+    """As :func:`tokenize`; the chat template writes ``template_date``, by default that of the folder that is there.
+
+    Of a stream of token ids the rows have ``stream_rows`` tokens where nothing else is said. ``takes_ids``: see
+    :class:`~indexer.encode.tokens.Tokenizer`.
+    """
     progress = options.progress or Silent()
     for name, value in (
         ("max_samples", options.max_samples),
@@ -133,15 +139,17 @@ def tokenize_as_of(options: TokenizeOptions, template_date: str | None) -> Token
     text_tokenizer = load_tokenizer(find_tokenizer(options.tokenizer))
     loaded = time.perf_counter()
     with open_corpus(options.data, options.fields or Fields(), progress) as corpus:
-        if corpus.nameless:
+        if stream_rows is not None:
+            corpus.cut_stream(stream_rows)
+        if corpus.nameless and takes_ids:
             progress.note(f"{corpus.source}: {TAKEN}")
-        elif corpus.resolved.kind == "tokens":
+        elif not corpus.nameless and corpus.resolved.kind == "tokens":
             raise UsageError(f"{corpus.source} holds tokens already; give the corpus that they were made of")
         if options.domains:
             corpus = corpus.only(options.domains)
         span_rows = options.shard_samples or DEFAULT_SHARD_SAMPLES
         own = Tokenizer(
-            text_tokenizer, note=progress.note, template_date=template_date or date_in(folder), takes_ids=True
+            text_tokenizer, note=progress.note, template_date=template_date or date_in(folder), takes_ids=takes_ids
         )
         plan = plan_corpus(corpus, own, WHOLE, span_rows=span_rows, max_samples=options.max_samples, progress=progress)
         _refuse_unknown(corpus, plan, options.max_samples)

@@ -29,7 +29,7 @@ from ghoststore.settings.shared import TokenizerSource
 from ghoststore.settings.train import TrainConfig
 from ghoststore.tokens.manifest import MANIFEST, TOKENIZER
 from ghoststore.tokens.shards import TokenShards
-from indexer.encode.tokens import Tokenizer
+from indexer.encode.tokens import TAKEN, Tokenizer
 from indexer.session.ranks import Ranks
 from indexer.tokenize.tokenize import tokenize_as_of
 from indexer.training.architectures import architecture, new_model, new_model_of
@@ -126,6 +126,8 @@ def read_val(
     """The val set, with a note on rows of it that cannot be used."""
     with open_corpus(source, fields, progress) as corpus:
         val = ValSet.read(corpus, tokenizer, max_length, max_samples=max_samples, seed=seed)
+        if corpus.nameless:
+            progress.note(f"{corpus.source}: {TAKEN}")
     if val.left_out:
         shown = ", ".join(f"{count:,} {status.replace('_', ' ')}" for status, count in sorted(val.left_out.items()))
         progress.note(f"val rows left out: {shown}; {len(val.rows):,} are used")
@@ -139,14 +141,15 @@ def token_shards(
     *,
     fields: Fields,
     max_samples: int | None,
-    template_date: str | None,
+    max_length: int,
+    tokenizer: Tokenizer,
     ranks: Ranks,
     progress: Progress,
 ) -> TokenShards:
     """The token shards at ``data``, or those of the corpus there, made in ``output_dir/tokens`` by the rank that leads.
 
-    The chat template writes ``template_date`` into those that are made. MismatchError for tokens of another tokenizer,
-    or of another corpus than it was.
+    The chat template writes the date of ``tokenizer`` into those that are made; rows of a stream of ids have
+    ``max_length`` tokens. MismatchError for tokens of another tokenizer, or of another corpus than it was.
     """
     folder = Path(str(data))
     if is_shards(data):
@@ -162,7 +165,7 @@ def token_shards(
             max_samples=max_samples,
             progress=progress,
         )
-        ranks.led(lambda: _tokenize(options, template_date))
+        ranks.led(lambda: _tokenize(options, tokenizer, max_length))
     shards = TokenShards.open(folder)
     identity = tokenizer_identity(start.tokenizer)
     if shards.tokenizer_identity != identity:
@@ -174,9 +177,9 @@ def token_shards(
     return shards
 
 
-def _tokenize(options: TokenizeOptions, template_date: str | None) -> None:
+def _tokenize(options: TokenizeOptions, tokenizer: Tokenizer, max_length: int) -> None:
     try:
-        tokenize_as_of(options, template_date)
+        tokenize_as_of(options, tokenizer.template_date, stream_rows=max_length, takes_ids=tokenizer.takes_ids)
     except (MismatchError, BusyError, UsageError) as error:
         # The parameter with which to choose another folder is not that of `tokenize` here.
         raise type(error)(re.sub(r"`out\b", "`output_dir", str(error))) from error

@@ -26,6 +26,7 @@ from ghoststore.settings.train import TrainConfig, TrainOptions
 from ghoststore.store.base.disk import exclusive, storage_errors
 from ghoststore.store.base.manifest import Manifest
 from ghoststore.store.base.names import safe_name
+from ghoststore.store.base.object_path import location
 from ghoststore.store.base.writable import check_writable
 from ghoststore.store.run.layout import RunLayout
 from ghoststore.tokens.manifest import date_in
@@ -295,7 +296,8 @@ class _Training:
             tokens,
             fields=self.fields,
             max_samples=self.max_samples,
-            template_date=tokenizer.template_date,
+            max_length=max_length,
+            tokenizer=tokenizer,
             ranks=self.ranks,
             progress=self.progress,
         )
@@ -349,7 +351,7 @@ class _Training:
         """StorageError for folders that must be written and cannot be."""
         check_writable(self.output_dir)
         if self.store is not None and self.config.on_store_error == "stop":
-            check_writable(Path(self.store) / "runs")
+            check_writable(location(self.store) / "runs")
 
     @contextmanager
     def _output_dir(self) -> Iterator[None]:
@@ -375,6 +377,7 @@ class _Training:
             vocabulary=embedding_rows(model),
             note=self.progress.note,
             template_date=of_tokens or of_checkpoint or date.fromordinal(int(self.ranks.sum(day))).isoformat(),
+            takes_ids=self.tokenizer is not None,
         )
 
     def _val(self, tokenizer: Tokenizer, max_length: int) -> ValSet | None:
@@ -399,11 +402,7 @@ class _Training:
         }
 
     def _resumed(
-        self,
-        saved: SavedState | None,
-        manifest: Manifest,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        self, saved: SavedState | None, manifest: Manifest, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> Resumed:
         """Where training stands: at its beginning, or where the newest checkpoint left it."""
         if saved is None:

@@ -13,6 +13,7 @@ import numpy as np
 from ghoststore.progress import Progress
 from ghoststore.settings.shared import Data
 from ghoststore.store import Part
+from query.answer.distribution import Distribution
 from query.answer.tokens import Explained, Token, ValTokens
 from query.ask.blend import Blend
 from query.ask.lexical import Hybrid
@@ -21,7 +22,7 @@ from query.ask.unit import Unit
 from query.common.notebook import cut, html_table, html_tables
 from query.common.output import arrow_table, columns_of, write_result
 from query.common.texts import texts_of
-from query.search.search import Ranking
+from query.search.top_k import Ranking
 
 OF_TOKENS = ("tokens", "recomputed", "val_sample")
 """Fields of a hit that only ``tokens`` of a question fills."""
@@ -127,6 +128,8 @@ class QueryHits:
     hits: Sequence[Hit]
     bottom: Sequence[Hit]
     """The rows with the lowest scores, lowest first; empty without ``bottom_k``."""
+    histogram: Distribution | None = None
+    """How the scores of all rows lie; None without ``histogram`` of the question, and where no row has a score."""
 
     def __len__(self) -> int:
         return len(self.hits)
@@ -152,11 +155,18 @@ class QueryHits:
         return f"<ranking {self.query!r}: {len(self.hits)} hits{best}{lowest}>"
 
     def _repr_html_(self) -> str:
-        named = f"ranking {cut(self.query, 80)}"
-        tables = [html_table(named, [hit.cells() for hit in self.hits])] if self.hits else []
-        if self.bottom:
-            tables.append(html_table(f"{named}, lowest", [hit.cells() for hit in self.bottom]))
-        return "".join(tables) or f"<div>{escape(named)}: no hits</div>"
+        return self.html({})
+
+    def html(self, settings: dict[str, Any]) -> str:
+        """As tables of a notebook, titled as ``ghoststore query`` titles them. ``settings`` are those of the result."""
+        of = cut(title_of(self, settings), 80)
+        titles = titles_of(settings.get("metric"))
+        tables = [
+            html_table(title.format(of), [hit.cells() for hit in hits])
+            for title, hits in zip(titles, (self.hits, self.bottom), strict=True)
+            if hits
+        ]
+        return "".join(tables) or f"<div>{escape(titles[0].format(of))}: no hits</div>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -205,7 +215,7 @@ class QueryResult:
         return f"<answer of {of!r} by {self.settings.get('metric')}: {shown}{more}>"
 
     def _repr_html_(self) -> str:
-        tables = (result._repr_html_() for result in self.results)
+        tables = (result.html(self.settings) for result in self.results)
         return html_tables(tables, len(self.results), "rankings")
 
     def to_arrow(self) -> Any:
@@ -226,6 +236,8 @@ class QueryResult:
                     del hit["part"]
                 if not self.settings.get("tokens"):
                     _flat(hit)
+            if not self.settings.get("histogram"):
+                del result["histogram"]
             if not self.settings.get("bottom_k"):
                 del result["bottom"]
         return {"store": self.store, "settings": self.settings, "results": results}
@@ -258,6 +270,17 @@ class QueryResult:
     def _hit(self) -> type[Hit]:
         """The class of the hits."""
         return next((type(hit) for result in self.results for hit in (*result.hits, *result.bottom)), Hit)
+
+
+def titles_of(metric: str | None) -> tuple[str, str]:
+    """What the best rows and the worst ones are called, with a place for what the ranking is of. ``metric`` None: it
+    is not known.
+    """
+    if metric is None:
+        return "highest scores for {0}", "lowest scores for {0}"
+    if metric in ("cosine", "dot"):
+        return "nearest to {0}", "farthest from {0}"
+    return f"highest {metric}", f"lowest {metric}"
 
 
 def title_of(ranking: QueryHits, settings: dict[str, Any]) -> str:

@@ -34,8 +34,9 @@ from query.ask.opened_model import OpenedModel
 from query.ask.question import COMBINED, Question
 from query.search.part_score import Metric, Term
 from query.search.parts import choose_groups
-from query.search.search import Ranking, search, shared_spans, similarities
+from query.search.search import Search, search, shared_spans, similarities
 from query.search.second_moment import DampedInverse, checked_damping
+from query.search.top_k import Ranking
 from query.search.unions import refuse_united
 
 FUSION_CONSTANT = 60.0
@@ -91,7 +92,7 @@ def open_scorer(
                 device=question.device,
                 progress=progress,
             )
-        val = encoder.encode_val_set(val_set, question.grouping, question.max_samples)
+        val = encoder.encode_val_set(val_set, question.grouping, question.max_samples, question.phrase)
         val.note_left_out(progress)
         vals.append(val)
         if minus is not None:
@@ -177,6 +178,7 @@ class Scorer:
     """(Q, N): BM25 of every row, with the question's ``lexical``; of all groups together their mean."""
     hybrid: Hybrid | None = None
     """Set by :meth:`scores` and :meth:`rank` if the question has ``lexical``."""
+    find: Search = search
     by_index: bool = False
     """Whether an index gave the last ranking."""
     _scores: NDArray[np.float64] | None = None
@@ -257,12 +259,12 @@ class Scorer:
             if (by_index := self._rank_by_index(index, counts, progress)) is not None:
                 return by_index
             self.by_index = False
-        if self.mixed or self._fused:
+        if self.mixed or self._fused or self._scores is not None:  # the last: they are there already
             scores = self.scores(progress)
             return rankings_of(scores, counts[0]), rankings_of(scores, counts[1], sign=-1.0)
         combine: Literal["max"] | None = "max" if self._by_rows else None
         with closing(progress.task("searching", self.rows)) as task:
-            best, worst = search(
+            best, worst = self.find(
                 self.terms,
                 top_k=counts[0],
                 bottom_k=counts[1],
@@ -365,6 +367,7 @@ class Scorer:
             "val_rows": self.val.used,
             "val_rows_left_out": self.val.left_out,
             **({} if self.minus is None else minus_settings(question, self.minus)),
+            **({} if question.phrase is None else {"phrase": question.phrase}),
             "mode": mode,
             **(groups if self._grouped else {}),
             "metric": self.metric,

@@ -45,6 +45,8 @@ class SelectReport:
     """Path of the file with this report."""
     rows_file: str
     """Path of a jsonl file with one entry for each row of ``out``, in the same order."""
+    card: str | None
+    """Path of the dataset card, if one was asked for."""
     settings: dict[str, Any]
     samples: int
     """Number of samples chosen."""

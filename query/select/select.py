@@ -13,6 +13,7 @@ from ghoststore.settings.question import SelectOptions
 from query.common.texts import corpora_behind
 from query.common.unchanged import Places, all_unchanged
 from query.select.budget import Budget
+from query.select.card import card_text
 from query.select.files import SelectFiles
 from query.select.leaks import named, refuse, report_of
 from query.select.report import SelectReport
@@ -33,13 +34,14 @@ def select(options: SelectOptions) -> SelectReport:
     How much: one of ``fraction`` (of the samples that can be chosen), ``count``, ``threshold`` (lowest score),
     ``threshold_nats`` (lowest score in nats, where scores have a unit) and ``token_budget``. ``quotas`` deal it out by
     domain: {domain: share or number of samples}, ``proportional`` or ``equal``. ``diversity``: ``mmr``,
-    ``facility-location`` or ``greats``, see `query.select.diversity`, among the best ``candidates`` (default: 4 for
-    each that is asked for), with a ``diversity_weight``. ``leaks``: what becomes of near-duplicates of the val set, see
-    `query.select.leaks`. The same call writes the same bytes.
+    ``facility-location`` or ``greats``, among the best ``candidates`` (default: 4 for each that is asked for), with a
+    ``diversity_weight``. ``leaks``: what becomes of near-duplicates of the val set. What these do: ``docs/select.md``.
+    The same call writes the same bytes.
 
     ``out`` is a new path: the form of the corpus, or .jsonl, .parquet or a folder (``save_to_disk``). ``order`` of its
     rows is that of the corpus, or falling ``score``. ``report`` is a new .json file (default: ``out`` and
-    ``.report.json``), and a list of the rows lies beside it. All of them appear whole or not at all.
+    ``.report.json``), and a list of the rows lies beside it. ``card`` adds a dataset card of the Hugging Face hub,
+    README.md, in a folder ``out`` or beside a file. All of them appear whole or not at all.
 
     Raises UsageError for what cannot be used or chosen, MismatchError for a corpus that is not the one of the part,
     CorruptError for damaged rows, StorageError if the disk refuses, and what ``ghoststore.query`` raises.
@@ -52,7 +54,7 @@ def select(options: SelectOptions) -> SelectReport:
         diversity_weight=options.diversity_weight,
         candidates=options.candidates,
     )
-    files = SelectFiles.of(options.out, options.report, options.order)
+    files = SelectFiles.of(options.out, options.report, options.order, card=options.card)
     subject = OfParts(options, progress) if options.run is None else OfRun(options, strategy)
     strategy = replace(strategy, budget=strategy.budget.in_unit(subject.unit))
     corpus = corpora_behind(subject.source, options.data)
@@ -74,11 +76,13 @@ def select(options: SelectOptions) -> SelectReport:
         out=str(files.out),
         report=str(files.report),
         rows_file=str(files.rows),
+        card=None if files.card is None else str(files.card),
         settings={**subject.settings(), **strategy.settings(), "order": files.order},
         leaks=report_of(None if options.val_set is None else [named(leak, samples) for leak in leaked], options.leaks),
     )
     _note_shortfalls(report, progress)
-    files.write(report, corpus, places, samples, chosen)
+    card = card_text(report, options, subject.sources()) if options.card else ""
+    files.write(report, corpus, places, samples, chosen, card)
     return report
 
 

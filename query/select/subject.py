@@ -56,6 +56,10 @@ class OfParts:
         assert self.scorer is not None, "read_val_set() comes first"
         return Samples.of(self.source, self.scorer.scores(progress, 1)[0])
 
+    def sources(self) -> list[tuple[str, dict[str, Any]]]:
+        """(name, manifest) of every part."""
+        return [(member.name, dict(member.manifest)) for part in self._parts for member in part.members]
+
     def settings(self) -> dict[str, Any]:
         """What the report says of the scores."""
         assert self.scorer is not None
@@ -97,6 +101,10 @@ class OfRun:
         sums = self._scorer.sums(progress)
         self._not_chosen = sums.not_chosen
         return Samples.of_run(self._scorer.run, self._scorer.units, sums.score[0])
+
+    def sources(self) -> list[tuple[str, dict[str, Any]]]:
+        """(name, manifest) of the run."""
+        return [(self.source.name, dict(self.source.manifest))]
 
     def settings(self) -> dict[str, Any]:
         """What the report says of the scores."""

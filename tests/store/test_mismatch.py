@@ -136,6 +136,9 @@ def test_other_corpus(lab: Lab, tmp_path: Path, change: Callable[[list[Any]], No
     change(rows)
     lab.write(tmp_path / "corpus.jsonl", rows)
     words = ["corpus.fingerprint: stored 'sha256:", "asked for 'sha256:"]
+    if change is append and not complete:  # completed: tests/indexer/build/test_grown.py
+        assert build(lab, tmp_path).code == 0
+        return
     if change is append:
         words = [
             "has grown since part 'part'",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,22 @@ def test_html_is_escaped_and_cut() -> None:
     assert "… and 4 more rankings" in many
     assert "no hits" in QueryHits(query="a<b", hits=[], bottom=[])._repr_html_()
     assert "a&lt;b" in QueryHits(query="a<b", hits=[], bottom=[])._repr_html_()
+
+
+def test_html_says_what_a_ranking_is_of() -> None:
+    """As the command does: of the answer, which knows the metric and the groups, and of a ranking alone."""
+    mean = QueryHits(query="mean", hits=CODE.hits, bottom=CODE.bottom)
+    shown = result(mean)._repr_html_()
+    assert "nearest to the val set&#x27;s mean gradient" in shown
+    assert "ranking" not in shown
+    assert "highest scores for the val set&#x27;s mean gradient" in mean._repr_html_()
+    assert "farthest from math" in result(MATH)._repr_html_()
+    groups = QueryResult(
+        store="s", settings={"metric": "cosine", "group_field": "domain", "combine": "max"}, results=[mean]
+    )
+    assert "nearest to mean<" in groups._repr_html_()
+    itself = QueryResult(store="s", settings={"metric": "self-influence"}, results=[replace(mean, query="self")])
+    assert "highest self-influence" in itself._repr_html_()
 
 
 def scores(**given: Any) -> ScoresResult:

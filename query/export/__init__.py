@@ -1,0 +1,1 @@
+"""``ghoststore.export``: what a store knows of its rows, for other tools."""
