@@ -38,8 +38,12 @@ lint: $(READY)  ## style, types, and the order of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: $(READY)  ## write docs/cli.md again from the commands
+# Not --quiet: it hides warnings from --strict.
+docs: $(READY)  ## write the generated pages again, and build the site (build/site/index.html)
 	$(BIN)/python -m ghoststore.cli.reference docs/cli.md
+	$(BIN)/python docs/site/reference.py docs/api
+	$(BIN)/python docs/site/comparison.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 ghoststore-demo/demo.json: $(READY)
 	$(MAKE) demo
@@ -54,4 +58,4 @@ bench: ghoststore-demo/demo.json  ## small benchmarks of build and search, on th
 	$(BIN)/python benchmarks/search.py --out benchmarks/results
 
 clean:  ## remove the environment and what the targets made
-	rm -rf $(VENV) ghoststore-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build ghoststore-demo .pytest_cache .mypy_cache .ruff_cache

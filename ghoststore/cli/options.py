@@ -201,7 +201,7 @@ def _keywords_of(kind: type, values: dict[str, Any]) -> Keywords:
 
 
 def _parameters(entry: Entry, flags: Flags) -> Iterator[click.Option]:
-    default = None if entry.spec.default is MISSING or entry.option.repeated else entry.spec.default
+    default = None if entry.spec.default in (MISSING, "") or entry.option.repeated else entry.spec.default
     if isinstance(default, tuple):
         default = ",".join(default) or None
     elif default is not None and entry.option.shown is not None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
+from math import log1p
 from typing import TYPE_CHECKING, Any
 
 from ghoststore.cli import options
+from ghoststore.cli.charts import histogram
 from ghoststore.settings.question import QueryOptions
 from ghoststore.settings.shared import STEP_WEIGHT_SYMBOLS, Printing, ResultFile
 
 if TYPE_CHECKING:
     from ghoststore.cli.ranking import Column
+    from query.answer.distribution import Distribution
+
+CHART_LINES = 5
 
 
 @options.command(
@@ -31,6 +36,7 @@ def command(keywords: options.Keywords, printing: Printing, file: ResultFile) ->
       ghoststore query --store ./store --val-set val.jsonl --each --top-k 5 --json
       ghoststore query --store ./store --val-set val.jsonl --with-scores my-run --score-weight 0.3
       ghoststore query --store ./store --run my-run --last 1000
+      ghoststore query --server http://127.0.0.1:8321 --val-set val.jsonl
     """
     options.run("query", keywords, printing, print_hits, file, also="report")
 
@@ -67,6 +73,8 @@ def print_hits(result: Any) -> None:
                 rows.append([str(hit.rank), *cells, *about_row])
             if rows:
                 print_ranking(title.format(name), about, columns, rows, partial(token_lines, hits))
+        if query.histogram is not None:
+            _print_histogram(query.histogram, settings if in_nats and not beside else {})
     if "lexical" in settings:
         words = settings["lexical"]
         say(
@@ -98,6 +106,20 @@ def print_hits(result: Any) -> None:
         from ghoststore.store.part.fidelity import fidelity_line
 
         say(f"fidelity: {fidelity_line(settings['fidelity'])}")
+
+
+def _print_histogram(found: Distribution, settings: dict[str, Any]) -> None:
+    """The scores of all rows as a chart, in nats where ``settings`` have them, and the rows of each domain."""
+    unit = settings.get("unit") or {"factor": 1.0, "name": ""}
+    low, high = (f"{score * unit['factor']:.3g} {unit['name']}".strip() for score in (found.low, found.high))
+    from ghoststore.cli.terminal import say
+
+    say(f"Scores of {found.rows:,} rows, {low} to {high}; bars grow with the logarithm of their rows:")
+    for line in histogram([round(100 * log1p(count)) for count in found.counts], CHART_LINES):
+        say(line)
+    for of in found.domains:
+        say(f"  {of.domain or '(no domain)'}: {of.hits:,} listed of {of.rows:,} rows")
+    say("")
 
 
 def _columns(settings: dict[str, Any], in_nats: bool, fused: bool) -> list[Column]:

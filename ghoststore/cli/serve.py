@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ghoststore.cli import options
 from ghoststore.lazy import load
-from ghoststore.settings.serve import ServeOptions
+from ghoststore.settings.serve import ExplorerOptions
 
 
-@options.command(ServeOptions)
+@options.command(ExplorerOptions)
 def command(keywords: options.Keywords) -> None:
     """The explorer: a page to ask a store and look at it, and the same as JSON, on this machine alone.
 
@@ -16,6 +16,7 @@ def command(keywords: options.Keywords) -> None:
     \b
       ghoststore serve --store ./store
       ghoststore serve --store ./store --port 8321
+      ghoststore serve --store ./store --store small=/data/other/store
     """
     from ghoststore.cli.terminal import say
 

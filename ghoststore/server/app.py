@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import threading
-from contextlib import suppress
+from collections.abc import Mapping
+from functools import partial
 from importlib.resources import files
 
 from starlette.applications import Starlette
@@ -17,13 +17,19 @@ from starlette.routing import Route
 
 from ghoststore.errors import GhostStoreError, UsageError
 from ghoststore.progress import Silent
+from ghoststore.server.bodies import object_of, while_wanted
+from ghoststore.server.checks import Checks
 from ghoststore.server.guard import Guard, TooLargeError, too_large
 from ghoststore.server.openapi import document
 from ghoststore.server.problems import JSON, of_library, problem
 from ghoststore.server.questions import Questions, WithdrawnError
+from ghoststore.server.runs import WatchedRun, frames, runs
 from ghoststore.server.samples import sample
+from ghoststore.server.streams import Streams
+from ghoststore.server.views import Views, row_of
 from ghoststore.settings.serve import ServeOptions
 from ghoststore.shown import json_text
+from ghoststore.store import Store
 from ghoststore.store.info import info
 
 KINDS = {
@@ -45,22 +51,45 @@ def pages() -> dict[str, tuple[str, bytes]]:
     return table
 
 
-def application(options: ServeOptions, questions: Questions, token: str, port: int) -> Guard:
-    """The ASGI application of one store."""
-    static = pages()
-    api = Interface(options, questions)
+def application(
+    stores: Mapping[str, ServeOptions],
+    questions: Mapping[str, Questions],
+    ended: threading.Event,
+    token: str,
+    port: int,
+) -> Guard:
+    """The ASGI application of some stores, by name. ``ended`` is set when the server ends."""
+    static, streams = pages(), Streams(ended)
+    apis = {name: Interface(options, questions[name], streams) for name, options in stores.items()}
 
     async def page(request: Request) -> Response:
         kind, content = static[request.url.path]
         return Response(content, media_type=kind)
 
+    async def openapi(request: Request) -> Response:
+        return Response(json_text(document()).encode(), media_type=JSON)
+
+    async def names(request: Request) -> Response:
+        listed = [{"name": name, "store": str(options.store)} for name, options in stores.items()]
+        return Response(json_text({"stores": listed}).encode(), media_type=JSON)
+
+    async def no_store(request: Request) -> Response:
+        name = request.path_params["store"]
+        what = "no such address" if name in stores else f"no store {name!r:.80}: it has {', '.join(stores)}"
+        raise HTTPException(404, f"this server has {what}")
+
+    async def which(request: Request) -> Response:
+        raise UsageError(f"this server has several stores: /api/stores/NAME/…, with one of {', '.join(stores)}")
+
+    only = next(iter(apis.values())) if len(apis) == 1 else None
     app = Starlette(
         routes=[
             *(Route(path, page) for path in static),
-            Route("/openapi.json", api.openapi),
-            Route("/api/store", api.store),
-            Route("/api/query", api.query, methods=["POST"]),
-            Route("/api/sample/{part}/{row}", api.sample),
+            Route("/openapi.json", openapi),
+            Route("/api/stores", names),
+            *(route for name, api in apis.items() for route in api.routes(f"/api/stores/{name}")),
+            Route("/api/stores/{store}/{rest:path}", no_store, methods=["GET", "POST"]),
+            *(only.routes("/api") if only else [Route("/api/{rest:path}", which, methods=["GET", "POST"])]),
         ],
         exception_handlers={
             GhostStoreError: _library,
@@ -76,10 +105,24 @@ def application(options: ServeOptions, questions: Questions, token: str, port: i
 
 
 class Interface:
-    """The JSON interface."""
+    """The JSON interface of one store."""
 
-    def __init__(self, options: ServeOptions, questions: Questions) -> None:
-        self._options, self._questions = options, questions
+    def __init__(self, options: ServeOptions, questions: Questions, streams: Streams) -> None:
+        self._options, self._questions, self._streams = options, questions, streams
+        self._checks = Checks(options, streams)
+
+    def routes(self, before: str) -> list[Route]:
+        """Its addresses, each behind ``before``."""
+        return [
+            Route(f"{before}/store", self.store),
+            Route(f"{before}/query", self.query, methods=["POST"]),
+            Route(f"{before}/sample/{{part}}/{{row}}", self.sample),
+            *Views(self._options, self._questions).routes(before),
+            Route(f"{before}/runs", self.runs),
+            Route(f"{before}/runs/{{run}}", self.run),
+            Route(f"{before}/runs/{{run}}/events", self.run_events),
+            Route(f"{before}/verify/events", self.verify_events),
+        ]
 
     async def store(self, request: Request) -> Response:
         """What ``ghoststore info --json`` prints."""
@@ -88,44 +131,44 @@ class Interface:
 
     async def sample(self, request: Request) -> Response:
         """One sample of a part, by its row in the corpus."""
-        part, row = request.path_params["part"], request.path_params["row"]
-        if not (row.isascii() and row.isdigit()) or len(row) > 18:
-            raise HTTPException(404, f"{row!r:.40} is no row: rows are numbered from 0")
-        found = await asyncio.to_thread(sample, str(self._options.store), part, int(row), self._options.data, Silent())
+        part, row = request.path_params["part"], row_of(request)
+        found = await asyncio.to_thread(sample, str(self._options.store), part, row, self._options.data, Silent())
         if found is None:
-            raise HTTPException(404, f"part {part!r} has no row of the corpus's row {int(row):,}")
+            raise HTTPException(404, f"part {part!r} has no row of the corpus's row {row:,}")
         return Response(json_text(found).encode(), media_type=JSON)
 
     async def query(self, request: Request) -> Response:
         """What ``ghoststore query --json`` prints, and ``explorer``, what the page says beside it."""
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise HTTPException(415, "a question is JSON: send it as `Content-Type: application/json`")
-        try:
-            question = json.loads(await request.body())
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"the question is no JSON: {error}") from None
-        if not isinstance(question, dict):
-            raise UsageError('a question is an object: {"val_set": ["a text"]}')
-        withdrawn = threading.Event()
-        watch = asyncio.create_task(_gone(request, withdrawn))
-        try:
-            return Response(await self._questions.answer(question, withdrawn), media_type=JSON)
-        finally:
-            withdrawn.set()  # if this task was cancelled, a thread still works on it
-            watch.cancel()
-            with suppress(asyncio.CancelledError):
-                await watch
+        question = await object_of(request)
+        answer = await while_wanted(request, partial(self._questions.answer, question))
+        return Response(answer, media_type=JSON)
 
-    async def openapi(self, request: Request) -> Response:
-        """This interface as an OpenAPI document."""
-        return Response(json_text(document()).encode(), media_type=JSON)
+    async def runs(self, request: Request) -> Response:
+        """Every training run, with its state."""
+        found = await asyncio.to_thread(runs, self._options)
+        return Response(json_text(found).encode(), media_type=JSON)
 
+    async def run(self, request: Request) -> Response:
+        """What ``ghoststore watch --once --json`` prints of a run, how its scores spread, and ``explorer``."""
+        watched = await asyncio.to_thread(self._watched, request)
+        _, found = await asyncio.to_thread(watched.look)
+        return Response(json_text(found).encode(), media_type=JSON)
 
-async def _gone(request: Request, withdrawn: threading.Event) -> None:
-    """Set ``withdrawn`` when the asker has gone."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    withdrawn.set()
+    async def run_events(self, request: Request) -> Response:
+        """The same again and again while the run grows, as server-sent events."""
+        watched = await asyncio.to_thread(self._watched, request)
+        return self._streams.response(frames(watched, self._streams))
+
+    def _watched(self, request: Request) -> WatchedRun:
+        name = request.path_params["run"]
+        if name not in Store.open(self._options.store).run_names():
+            raise HTTPException(404, f"this store has no run {name!r:.80}")
+        return WatchedRun(self._options, name)
+
+    async def verify_events(self, request: Request) -> Response:
+        """``ghoststore verify``, with its progress, as server-sent events. It ends when the asker goes."""
+        part, run = (request.query_params.get(kind) for kind in ("part", "run"))
+        return self._streams.response(self._checks.events(part, run))
 
 
 async def _library(request: Request, error: Exception) -> Response:

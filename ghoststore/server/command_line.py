@@ -1,4 +1,4 @@
-"""The command line that gives the answer to a question of the explorer."""
+"""The command lines that say what the explorer says."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ghoststore.settings.flags import entries_of, flag_words
-from ghoststore.settings.question import QueryOptions
+from ghoststore.settings.question import QueryOptions, QuotaOption, SelectOptions
 from ghoststore.settings.serve import ServeOptions
 from ghoststore.settings.shared import in_memory
 from ghoststore.shown import json_text
@@ -15,27 +15,42 @@ from ghoststore.shown import json_text
 MOST_CHARACTERS = 2000
 """Of a val set that stands in the command itself."""
 OF_SERVER = ("checkpoint", "base", "tokenizer", "data", "device")
+OF_ROWS = ("data", "device")
+"""Of a question that needs no model."""
 
 
-def command_line(options: ServeOptions, question: Mapping[str, Any]) -> str:
-    """``ghoststore query …`` for a shell. A short val set stands in it; a long one is the file ``val.jsonl``, as a
-    second one is ``minus.jsonl``.
+def command_line(options: ServeOptions, question: Mapping[str, Any], kind: type = QueryOptions) -> str:
+    """``ghoststore query …`` for a shell, or ``select`` with ``kind=SelectOptions``. A short val set stands in it; a
+    long one is the file ``val.jsonl``, as a second one is ``minus.jsonl``.
     """
-    rows = [json_text(row if isinstance(row, dict) else {"text": row}) for row in question["val_set"]]
+    rows = [json_text(row if isinstance(row, dict) else {"text": row}) for row in question.get("val_set", ())]
     short = sum(map(len, rows)) <= MOST_CHARACTERS
-    served = {name: getattr(options, name) for name in OF_SERVER}
+    served = {name: getattr(options, name) for name in (OF_SERVER if rows else OF_ROWS)}
     given = {
         "store": options.store,
-        "val_set": "-" if short else "val.jsonl",
+        **({"val_set": "-" if short else "val.jsonl"} if rows else {}),
         **({"minus": "minus.jsonl"} if "minus" in question else {}),
         **{name: value for name, value in served.items() if not in_memory(value)},
         **{name: value for name, value in question.items() if name not in ("val_set", "minus")},
     }
-    words = ["ghoststore", "query"]
-    for entry in entries_of(QueryOptions):
+    words = ["ghoststore", "select" if kind is SelectOptions else "query"]
+    if isinstance(quotas := given.get("quotas"), Mapping):
+        del given["quotas"]
+        (entry,) = entries_of(QuotaOption)
+        words += flag_words(entry, [f"{domain}={quota}" for domain, quota in quotas.items()])
+    for entry in entries_of(kind):
         name = entry.spec.name
         if len(entry.path) > 1 or name not in given or given[name] in (None, entry.spec.default):
             continue
         words += flag_words(entry, given[name])
     line = " ".join(map(shlex.quote, words))
-    return f"printf '%s\\n' {' '.join(map(shlex.quote, rows))} | {line}" if short else line
+    return f"printf '%s\\n' {' '.join(map(shlex.quote, rows))} | {line}" if rows and short else line
+
+
+def run_commands(options: ServeOptions, run: str) -> list[str]:
+    """The commands for a shell that say what the page of a run says."""
+    store, name = shlex.quote(str(options.store)), shlex.quote(run)
+    return [
+        f"ghoststore watch --store {store} --run {name}",
+        f"ghoststore scores --store {store} --run {name} --top-k 20 --bottom-k 20",
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ghoststore.errors import BusyError, UsageError
@@ -13,6 +13,7 @@ from ghoststore.server.command_line import command_line
 from ghoststore.settings.serve import ServeOptions
 from ghoststore.shown import json_text
 from ghoststore.store import Store
+from query.answer.query import query
 from query.answer.session import OF_SESSION, Session
 from query.answer.session import open as open_session
 from query.ask.unit import metric_words, unit_words
@@ -25,6 +26,7 @@ ROWS = ("val_set", "minus")
 """Of a question: lists of texts, or of rows as in a jsonl file."""
 OFFERED = (
     *ROWS,
+    "near",
     "part",
     "top_k",
     "bottom_k",
@@ -36,7 +38,9 @@ OFFERED = (
     "layers",
     "exclude_layers",
     "lexical",
+    "phrase",
     "tokens",
+    "histogram",
     "max_samples",
 )
 """Options of ``ghoststore.query`` that a question may have: none of them writes a file, or reads one."""
@@ -49,9 +53,12 @@ class WithdrawnError(Exception):
 class Questions:
     """Answers questions about the parts of one store. All methods but :meth:`end` belong to the event loop's thread."""
 
-    def __init__(self, options: ServeOptions) -> None:
+    def __init__(self, options: ServeOptions, beside: Questions | None = None) -> None:
+        """``beside`` are those of another store of the same server: of all together one is answered at a time."""
         self._options = options
-        self._turn = asyncio.Lock()
+        self._turn: asyncio.Lock = asyncio.Lock() if beside is None else beside._turn
+        self._together: list[Questions] = [] if beside is None else beside._together
+        self._together.append(self)
         self._waiting = 0
         self._ended = threading.Event()
         self._session: Session | None = None
@@ -64,12 +71,24 @@ class Questions:
         question that cannot be asked here, BusyError if too many others wait, WithdrawnError.
         """
         checked = check(question)
+        return await self.work(lambda progress: self._answer(checked, progress), withdrawn)
+
+    async def work(self, job: Callable[[Watched], bytes], withdrawn: threading.Event) -> bytes:
+        """``job(progress)`` in a thread, when its turn has come. Raises what it raises, BusyError if too many others
+        wait, WithdrawnError when ``withdrawn`` is set or the server ends.
+        """
+
+        def run() -> bytes:
+            progress = Watched(self._ended, withdrawn)
+            progress.check()
+            return job(progress)
+
         if self._waiting >= MOST_WAITING:
             raise BusyError(f"{self._waiting} questions wait already: ask again when one is answered")
         self._waiting += 1
         try:
             async with self._turn:
-                return await asyncio.to_thread(self._answer, checked, withdrawn)
+                return await asyncio.to_thread(run)
         finally:
             self._waiting -= 1
 
@@ -81,18 +100,22 @@ class Questions:
         """Let go of the model."""
         if self._session is not None:
             self._session.close()
+            self._session = None
 
-    def _answer(self, question: dict[str, Any], withdrawn: threading.Event) -> bytes:
-        progress = _Watched(self._ended, withdrawn)
-        progress.check()
-        session = self._opened(question.pop("part", None))
-        result = session.query(**question, progress=progress)
+    def _answer(self, question: dict[str, Any], progress: Watched) -> bytes:
+        part = question.pop("part", None)
+        if "near" in question:  # no model is needed
+            of_server = {name: getattr(self._options, name) for name in ("store", "data", "device")}
+            result = query(**of_server, part=part, **question, progress=progress)
+        else:
+            session = self._opened(part)
+            result = session.query(**question, progress=progress)
         settings = result.settings
         beside = {
             "metric": metric_words(settings),
             "unit": None if settings["unit"] is None else unit_words(settings),
             "notes": progress.notes,
-            "command": command_line(self._options, {"part": session.name, **question}),
+            "command": command_line(self._options, {"part": settings["part"], **question}),
         }
         return json_text({**result.to_json(), "explorer": beside}).encode()
 
@@ -100,7 +123,8 @@ class Questions:
         """The session of part ``name``: the one that is open, if it is of that part and the part is the same still."""
         part = Store.open(self._options.store).part(name)
         if self._session is None or self._session.name != part.name or self._manifest != part.manifest:
-            self.close()  # one model at a time
+            for questions in self._together:  # one model at a time
+                questions.close()
             given = {key: getattr(self._options, key) for key in OF_SESSION if key != "part"}
             self._session, self._manifest = open_session(**given, part=part.name), part.manifest
         return self._session
@@ -114,14 +138,9 @@ def check(question: Mapping[str, Any]) -> dict[str, Any]:
         if name not in OFFERED:
             raise UsageError(f"a question to the explorer has no keyword {name!r}; it has {', '.join(OFFERED)}")
     given = {name: value for name, value in question.items() if value is not None}
-    if "val_set" not in given:
-        raise UsageError("a question needs a `val_set`: a list of texts, or of rows")
-    for name in ROWS:
-        rows = given.get(name, [""])
-        if not isinstance(rows, list) or not rows or not any(_all(rows, kind) for kind in (str, dict)):
-            raise UsageError(f'`{name}` is a list of texts, or of rows ({{"text": …}}), not {rows!r:.80}')
-        if name in given:  # as rows, texts are never looked at as if they were paths
-            given[name] = [{"text": row} if isinstance(row, str) else row for row in rows]
+    if "val_set" not in given and "near" not in given:
+        raise UsageError("a question needs a `val_set`: a list of texts, or of rows; or a row to be `near`")
+    given = check_rows(given)
     if not isinstance(given.get("part", ""), str):
         raise UsageError(f"`part` is the name of one part, not {given['part']!r:.80}")
     for name in ("top_k", "bottom_k"):
@@ -130,12 +149,24 @@ def check(question: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
+def check_rows(question: Mapping[str, Any]) -> dict[str, Any]:
+    """``question`` with its val sets as rows. UsageError where they are no lists of texts or rows."""
+    given = dict(question)
+    for name in ROWS:
+        rows = given.get(name, [""])
+        if not isinstance(rows, list) or not rows or not any(_all(rows, kind) for kind in (str, dict)):
+            raise UsageError(f'`{name}` is a list of texts, or of rows ({{"text": …}}), not {rows!r:.80}')
+        if name in given:  # as rows, texts are never looked at as if they were paths
+            given[name] = [{"text": row} if isinstance(row, str) else row for row in rows]
+    return given
+
+
 def _all(rows: list[Any], kind: type) -> bool:
     return all(isinstance(row, kind) for row in rows)
 
 
 class _WatchedTask:
-    def __init__(self, progress: _Watched) -> None:
+    def __init__(self, progress: Watched) -> None:
         self._progress = progress
 
     def advance(self, rows: int, tokens: int = 0) -> None:
@@ -151,7 +182,7 @@ class _WatchedTask:
         pass
 
 
-class _Watched:
+class Watched:
     """A listener of progress that keeps notes, and ends work that nobody waits for."""
 
     def __init__(self, *ends: threading.Event) -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import numpy as np
 
+from ghoststore.corpus import Position
+from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
+from ghoststore.settings.serve import ServeOptions
 from ghoststore.settings.shared import Data
 from ghoststore.store import Part, Status, Store
 from ghoststore.store.part.kept import python_values, read_field
-from query.common.texts import texts_of
+from query.common.texts import corpus_behind, texts_of
+from query.common.unchanged import read_unchanged
+from query.select.leaks import OVERLAP, SHINGLE_WORDS, SHOWN, LeakCheck
+from query.training_scores.scores import scores
 
 
 def sample(store: str, name: str, source_row: int, data: Data | None, progress: Progress) -> dict[str, Any] | None:
@@ -42,6 +49,60 @@ def sample(store: str, name: str, source_row: int, data: Data | None, progress: 
             }
             for row, status, count, loss, start in zip(rows, statuses, tokens, losses, starts, strict=True)
         ],
+    }
+
+
+def history(options: ServeOptions, name: str, source_row: int, progress: Progress) -> dict[str, Any]:
+    """Where the sample at ``source_row`` of the corpus of part ``name`` was trained on: ``runs``, each with what
+    ``ghoststore scores --sample`` says of its id, ``problem`` where that has nothing to say, and the command line.
+
+    The same id in the corpus of a run is taken for the same sample. UsageError for a row that the part does not have.
+    """
+    store = Store.open(options.store)
+    part = store.part(name)
+    rows = part.row_numbers[part.column("source_row") == source_row]
+    if not len(rows):
+        raise UsageError(f"part {name!r} has no row of the corpus's row {source_row:,}")
+    sample_id = str(part.read_rows("sample_id", rows[:1])[0])
+    runs: list[dict[str, Any]] = []
+    for run in store.run_names():
+        words = ("ghoststore", "scores", "--store", str(options.store), "--run", run, f"--sample={sample_id}")
+        found: dict[str, Any] = {"run": run, "command": " ".join(map(shlex.quote, words))}
+        try:
+            of_run = scores(store=options.store, run=run, sample=sample_id, progress=progress).to_json()
+            found |= {"settings": of_run["settings"], "summary": of_run["summary"], "history": of_run["history"]}
+        except UsageError as error:  # the run has no such sample, or no step yet
+            found["problem"] = str(error)
+        runs.append(found)
+    return {"part": part.name, "source_row": source_row, "id": sample_id, "runs": runs}
+
+
+def duplicates(options: ServeOptions, name: str, source_row: int, progress: Progress) -> dict[str, Any]:
+    """The samples of the corpus of part ``name`` that are near-duplicates of the one at ``source_row``: that hold at
+    least half of its runs of 8 words, as ``select`` looks for those of a val set. The most similar first.
+
+    Reads the corpus once. UsageError for a row that the part does not have and for a corpus that is gone,
+    MismatchError if it has changed.
+    """
+    part = Store.open(options.store).part(name)
+    rows = part.row_numbers[part.column("source_row") == source_row]
+    if not len(rows):
+        raise UsageError(f"part {name!r} has no row of the corpus's row {source_row:,}")
+    file, offset = (int(part.read_rows(column, rows[:1])[0]) for column in ("source_file", "source_offset"))
+    corpus = corpus_behind(part, options.data)
+    found = corpus.fetch([Position(source_row=source_row, file=file, offset=offset)])
+    check = LeakCheck(found.values())
+    for sample in read_unchanged(corpus, part, progress):
+        if sample.source_row != source_row:
+            check.see(sample)
+    shown = sorted(check.found.values(), key=lambda leak: (-leak.overlap, leak.source_row))[:SHOWN]
+    return {
+        "part": part.name,
+        "source_row": source_row,
+        "words": SHINGLE_WORDS,
+        "least_overlap": OVERLAP,
+        "found": len(check.found),
+        "rows": [{"id": leak.id, "source_row": leak.source_row, "overlap": leak.overlap} for leak in shown],
     }
 
 

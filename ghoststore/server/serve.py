@@ -10,8 +10,9 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from ghoststore.errors import UsageError, reason_of
+from ghoststore.server.stores import served_stores
 from ghoststore.settings.keywords import takes
-from ghoststore.settings.serve import ServeOptions
+from ghoststore.settings.serve import ExplorerOptions
 from ghoststore.store import Store
 
 HOST = "127.0.0.1"
@@ -20,13 +21,16 @@ SECONDS_TO_END = 5
 """How long the end waits for answers that are being written; a question that runs is given up at once."""
 
 
-@takes(ServeOptions)
-def serve(options: ServeOptions) -> Explorer:
+@takes(ExplorerOptions)
+def serve(options: ExplorerOptions) -> Explorer:
     """An explorer of ``store``, which listens on 127.0.0.1: ``explorer.run()`` answers until Ctrl-C.
+
+    ``store`` is a path; or a list of them, each called as its folder or as ``"name=path"`` says; or a dict of names and
+    paths. The page lets one choose among several.
 
     ``with ghoststore.serve("store") as explorer: explorer.url`` answers in a thread while the block runs. The ``url``
     holds a token that is new each time; without it nothing of the store is shown. ``port`` is a free one by default.
-    ``checkpoint``, ``tokenizer``, ``base`` and ``data`` are as in ``ghoststore.open``.
+    ``checkpoint``, ``tokenizer``, ``base`` and ``data`` are as in ``ghoststore.open``, and belong to a single store.
 
     Raises UsageError if Starlette or uvicorn is not installed, if the port is taken, and if there is no such store.
     """
@@ -34,15 +38,17 @@ def serve(options: ServeOptions) -> Explorer:
 
 
 class Explorer:
-    """A server of one store. Made by ``ghoststore.serve``."""
+    """A server of one store, or of several. Made by ``ghoststore.serve``."""
 
-    def __init__(self, options: ServeOptions) -> None:
+    def __init__(self, options: ExplorerOptions) -> None:
         missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
         if missing:
             raise UsageError(
                 f"the explorer needs {' and '.join(missing)}, not installed here: pip install 'ghoststore[serve]'"
             )
-        Store.open(options.store)
+        stores = served_stores(options)
+        for served in stores.values():
+            Store.open(served.store)
         import uvicorn
 
         from ghoststore.server.app import application
@@ -51,10 +57,14 @@ class Explorer:
         self._socket = _listening(options.port)
         self.port: int = self._socket.getsockname()[1]
         self.token = secrets.token_urlsafe(32)
-        self._questions = Questions(options)
+        self._ended = threading.Event()
+        self._asked: dict[str, Questions] = {}
+        for name, served in stores.items():
+            self._asked[name] = Questions(served, next(iter(self._asked.values()), None))
+        self._questions = next(iter(self._asked.values()))
         self._server = uvicorn.Server(
             uvicorn.Config(
-                application(options, self._questions, self.token, self.port),
+                application(stores, self._asked, self._ended, self.token, self.port),
                 log_config=None,  # the logging of this process is not ours to set
                 access_log=False,
                 lifespan="off",
@@ -70,7 +80,7 @@ class Explorer:
         handle_exit = self._server.handle_exit
 
         def end(number: int, frame: FrameType | None) -> None:
-            self._questions.end()
+            self._end()
             handle_exit(number, frame)
 
         self._server.handle_exit = end
@@ -90,13 +100,20 @@ class Explorer:
 
     def close(self) -> None:
         """Give up what is asked, and stop."""
-        self._questions.end()
+        self._end()
         self._server.should_exit = True
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self._socket.close()
-        self._questions.close()
+        for questions in self._asked.values():
+            questions.close()
+
+    def _end(self) -> None:
+        """Give up what is asked and watched. A handler of a signal may call it."""
+        self._ended.set()
+        for questions in self._asked.values():
+            questions.end()
 
     def __enter__(self) -> Self:
         self._thread = threading.Thread(

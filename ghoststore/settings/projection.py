@@ -36,8 +36,7 @@ LEARNED_OPTIONS = ("compress_by", "precondition", "damping", "calibration_sample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectionConfig:
-    """How to project gradients. ``None`` and ``"auto"`` are resolved from the other fields by
-    :class:`indexer.projection.plan.ProjectionPlan`.
+    """How to project gradients. ``None`` and ``"auto"`` are resolved from the other fields.
 
     By default blocks of up to 64 × 64 numbers are sketched, in a build to what 256 bytes a layer hold (64 numbers of
     float32, 2,048 of onebit), elsewhere to 64 numbers a layer. ``rank_total`` without ``compress``
@@ -50,7 +49,7 @@ class ProjectionConfig:
     from ``calibration_samples`` samples of the corpus, so only a build can have them.
 
     ``precondition="kronecker"`` multiplies the sides with the inverse root of the layers' second moment, as two
-    factors: see :mod:`indexer.projection.kfac`. It is learned, too. ``damping`` is relative to the mean eigenvalue of
+    factors: see ``docs/projections.md``. It is learned, too. ``damping`` is relative to the mean eigenvalue of
     each factor. ``"auto"`` means ``"kronecker"`` in a build (:meth:`for_build`), otherwise ``"none"``.
     """
 

@@ -99,8 +99,8 @@ class PartsOptions:
 
     part: str | Sequence[str] | None = option(
         None,
-        "Part of the store (default: the only one). Repeated: parts of other rows (`build --like`), ranked as one, or "
-        "builds of the same rows at successive checkpoints, whose scores are summed.",
+        "Part of the store (default: the only one). Repeated: parts of other rows (built `like` one another), ranked "
+        "as one, or builds of the same rows at successive checkpoints, whose scores are summed.",
         "Input",
         repeated=True,
     )
@@ -171,6 +171,13 @@ class QuestionOptions(
         None, "Damping of `precondition`, relative to the mean eigenvalue (default: 0.1).", "Scoring"
     )
     max_samples: int | None = option(None, f"{FIRST_VAL_SAMPLES} `minus` is read whole.", "Input")
+    phrase: str | None = option(
+        None,
+        "Of a val set of one sample: rank by the characters A up to, not including, B of its text alone. The model "
+        "reads all of it; the loss is that of the phrase.",
+        "Scoring",
+        metavar="A:B",
+    )
     with_scores: str | None = option(
         None,
         "Blend with the values of this training run of the store: (1-W)·z(similarity) + W·z(value). The value of a "
@@ -231,6 +238,23 @@ class RerankOptions:
 class QueryOptions(ProgressOption, RankingOptions, RerankOptions, RunGradientsOptions, QuestionOptions):
     """Options of ``ghoststore query``."""
 
+    near: int | None = option(
+        None,
+        "In the place of a val set: this row of the corpus (`source_row` of a result). Its stored vector is asked "
+        "with; no model is needed.",
+        "Input",
+        metavar="ROW",
+    )
+    store: str | Path = option(
+        "", f"{STORE} With `server`: the name of a store there, if it has several.", "Input", metavar="PATH"
+    )
+    server: str | None = option(
+        None,
+        "Ask an explorer, which has the model already: the address that `ghoststore serve` printed. Its token may be "
+        "in GHOSTSTORE_TOKEN instead.",
+        "Input",
+        metavar="URL",
+    )
     each: bool = option(
         False,
         "One ranking for each val sample, or one for the val set's mean gradient.",
@@ -248,6 +272,9 @@ class QueryOptions(ProgressOption, RankingOptions, RerankOptions, RunGradientsOp
         "Show which tokens of a row carry its score, and which of the val sample ask for it: the model computes the "
         "rows shown again.",
         "Output",
+    )
+    histogram: bool = option(
+        False, "Also count the scores of all rows in 60 bins, and the rows of each domain.", "Output"
     )
     candidates: bool = option(
         False, "Of a `run` that chose: count candidates that were not trained on, too, all alike.", "Scoring"

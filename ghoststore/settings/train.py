@@ -231,7 +231,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig):
-    """All options of a training run, except the paths of its inputs and outputs."""
+    """All options of a training run, except the paths of its inputs and outputs. :meth:`of` takes them flat."""
 
     optimization: OptimizationConfig = OptimizationConfig()
     scoring: ScoringConfig = ScoringConfig()

@@ -124,7 +124,7 @@ class KnownAxes:
                 "the samples of a row apart is not known. Call the model, or trust it: `check=False`"
             )
         with uncompiled():
-            refuse_mixed_segments(self._model, call, segments, sorted(ran))
+            refuse_mixed_segments(self._model, call, segments, {name: self._kinds[name] for name in sorted(ran)})
         self._packed_checked = True
 
     def _strangers(self, call: Call, batch: int, layers: set[str], unknown: set[str]) -> dict[str, str]:

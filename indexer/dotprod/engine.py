@@ -25,7 +25,6 @@ from indexer.dotprod.in_graph import InGraph
 from indexer.dotprod.ledger import (
     batch_norms_of,
     refuse_batch_statistics,
-    refuse_packed,
     refuse_unsupported_wrappers,
     unwrapped,
     unwrapped_optimizer,
@@ -277,8 +276,6 @@ class GradDotProdEngine(ValSide):
         if [p.requires_grad for p in self.model.parameters()] != self._flags:
             raise UsageError("parameters were frozen or unfrozen since the engine was made; make a new engine")
         refuse_batch_statistics(self._batch_norms)
-        if open_batch.segments is not None:
-            refuse_packed(self._kinds)
         self._age.refuse_unreported()
         settle_hooks()
         self._tokens = tokens

@@ -94,16 +94,6 @@ def refuse_batch_statistics(batch_norms: Mapping[str, nn.Module]) -> None:
             )
 
 
-def refuse_packed(kinds: Mapping[str, LayerType]) -> None:
-    """UsageError for layers without a formula, which run again row by row: a packed row has several samples."""
-    again = [name for name, kind in kinds.items() if not kind.has_formula]
-    if again:
-        raise UsageError(
-            f"no formula knows {len(again)} of the scored layers ({', '.join(again[:3])}, …), so that they cannot be "
-            f"taken sample by sample in packed rows. Do not pack, or leave them out with `exclude_layers={again}`"
-        )
-
-
 def survey(model: nn.Module, exclude: Sequence[str] = (), *, only: Collection[str] | None = None) -> Ledger:
     """List every trainable parameter of ``model`` outside ``exclude``.
 

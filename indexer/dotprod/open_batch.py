@@ -16,6 +16,7 @@ from ghoststore.errors import CaptureError, UsageError
 from indexer.dotprod.segments import Segments
 from indexer.dotprod.val_data import target_counts
 from indexer.encode.tap import See
+from indexer.layers.call import Call
 
 _serials = count()
 
@@ -59,12 +60,12 @@ class OpenBatch:
         """
         segments = None if by_sample else self.segments
 
-        def see_in_time(saved: Tensor, dy: Tensor) -> None:
+        def see_in_time(saved: Tensor | Call, dy: Tensor) -> None:
             if self.closed:
                 return
             started = time.perf_counter()
             if segments is not None:
-                saved, dy = segments.gather(saved), segments.gather(dy)
+                saved, dy = segments.by_sample(saved, dy)
             see(saved, dy)
             self.seconds += time.perf_counter() - started
 

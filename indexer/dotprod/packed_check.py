@@ -5,7 +5,8 @@ Legend: R rows of the forward pass, T positions of a row, S samples, L positions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from ghoststore.errors import CaptureError, UsageError
 from indexer.dotprod.forward_record import without_labels
-from indexer.dotprod.segments import Segments
+from indexer.dotprod.segments import Segments, without_axes_of_one
 from indexer.encode.forward_probe import Call
 from indexer.encode.modes import buffers_kept, device_type, evaluating
 from indexer.encode.sample_axis import place_sums
-from indexer.layers.base import input_of
+from indexer.layers.base import LayerType, input_of
+from indexer.layers.call import has_positions, outputs_of, tensors_in
 
 _BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 """Arguments that say where packed samples begin."""
@@ -30,19 +32,19 @@ Seen = dict[str, list[Tensor]]
 """(S, L, numbers) of each call of each layer's input, and of the logits, by name."""
 
 
-def refuse_mixed_segments(model: nn.Module, call: Call, segments: Segments, layers: Iterable[str]) -> None:
+def refuse_mixed_segments(model: nn.Module, call: Call, segments: Segments, layers: Mapping[str, LayerType]) -> None:
     """Run ``model`` in eval mode on the packed rows of ``call`` and on each of their samples alone.
 
     CaptureError naming the layers whose inputs are not by position. UsageError where a sample in its row is not what it
     is alone: the model looks beyond it. Mode, buffers and random state are restored.
     """
     autocast = torch.autocast(device_type(model), dtype=call.autocast, enabled=call.autocast is not None)
-    probe = _Probe(model, segments, list(layers))
+    probe = _Probe(model, segments, layers)
     with buffers_kept(model), torch.no_grad(), autocast, evaluating(model):
         packed = probe.run(_without_labels(call))
         narrow = probe.narrow
         for sample in range(segments.count):
-            alone = probe.run(_alone(call, segments, sample), alone=True)
+            alone = probe.run(_alone(call, segments, sample), alone=int((~segments.absent_SL[sample]).sum()))
             differing = _differing(packed, alone, sample, _NARROW_ALONE if narrow else _ALONE)
             _refuse(model, differing, f"sample {sample} of the batch alone")
         for parity in (0, 1) if segments.count > 1 else ():
@@ -54,16 +56,22 @@ def refuse_mixed_segments(model: nn.Module, call: Call, segments: Segments, laye
 
 
 class _Probe:
-    """Runs the model and keeps random sums of what its layers see."""
+    """Runs the model and keeps random sums of what its layers see, or give where no formula knows them."""
 
-    def __init__(self, model: nn.Module, segments: Segments, layers: list[str]) -> None:
+    def __init__(self, model: nn.Module, segments: Segments, layers: Mapping[str, LayerType]) -> None:
         self._model, self._segments, self._layers = model, segments, layers
+        self._by_position: dict[str, list[bool]] = {}
+        """Of each layer without a formula, which of the outputs of its calls have positions in the packed rows."""
+        self._outputs = Counter[str]()
+        """How many there were in this run."""
         self.narrow = False
         """Whether 16-bit numbers took part: autocast may be open inside the model's forward pass alone."""
 
-    def run(self, call: Call, *, alone: bool = False) -> Seen:
-        """Of the packed rows by sample; of a sample that runs ``alone`` (1, its length, numbers)."""
+    def run(self, call: Call, *, alone: int = 0) -> Seen:
+        """Of the packed rows by sample; of a sample that runs ``alone``, in as many positions, (1, L, numbers)."""
         seen: Seen = {}
+        self._by_position = self._by_position if alone else {}
+        self._outputs.clear()
         handles = [
             self._model.get_submodule(name).register_forward_hook(self._hook(name, seen, alone), with_kwargs=True)
             for name in self._layers
@@ -78,24 +86,38 @@ class _Probe:
             seen["logits"] = [self._sums("logits", logits, alone)]
         return seen
 
-    def _hook(self, name: str, seen: Seen, alone: bool) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> None:
-            self.narrow |= y.dtype in (torch.float16, torch.bfloat16)
-            seen.setdefault(name, []).append(self._sums(name, input_of(args, kwargs), alone))
+    def _hook(self, name: str, seen: Seen, alone: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> None:
+            self.narrow |= any(x.dtype in (torch.float16, torch.bfloat16) for x in tensors_in(y))
+            found = seen.setdefault(name, [])
+            if self._layers[name].has_formula:
+                found.append(self._sums(name, input_of(args, kwargs), alone))
+            for output in [] if self._layers[name].has_formula else outputs_of(y):
+                if self._has_positions(name, output, alone):
+                    found.append(self._sums(name, output, alone))
 
         return hook
 
-    def _sums(self, name: str, x: Tensor, alone: bool) -> Tensor:
-        rows, length = self._segments.sample_RT.shape
-        if alone:
-            rows, length = 1, x.shape[1] if x.dim() > 1 else -1
+    def _has_positions(self, name: str, output: Tensor, alone: int) -> bool:
+        """Whether the next ``output`` has positions in the packed rows. Alone another axis may be as long."""
+        known = self._by_position.setdefault(name, [])
+        if not alone:
+            known.append(has_positions(output.shape, *self._segments.sample_RT.shape))
+        self._outputs[name] += 1
+        return self._outputs[name] <= len(known) and known[self._outputs[name] - 1]
+
+    def _sums(self, name: str, x: Tensor, alone: int) -> Tensor:
+        rows, length = (1, alone) if alone else self._segments.sample_RT.shape
+        x = without_axes_of_one(x, length)
         if x.dim() > 1 and x.shape[0] == 1 != rows and x.shape[1] == length:
             x = x.expand(rows, *x.shape[1:])  # positions, once for all rows
+        if x.shape[:2] != (rows, length) and has_positions(x.shape, rows, length):
+            x = x.reshape(rows, length, *x.shape[1:])
         if x.dim() < 2 or x.shape[:2] != (rows, length):
             raise CaptureError(
-                f"layer {name!r} saw an input of shape {tuple(x.shape)} in packed rows of shape {(rows, length)}: "
-                "its first two axes must be rows and positions. Leave it out with `exclude_layers`, or train without "
-                "packing"
+                f"layer {name!r} saw or gave a tensor of shape {tuple(x.shape)} in packed rows of shape "
+                f"{(rows, length)}: its first axes must be rows and positions. Leave it out with `exclude_layers`, or "
+                "train without packing"
             )
         if not x.is_floating_point():
             sums_RTN = x.double().reshape(rows, length, -1)

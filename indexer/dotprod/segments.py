@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ghoststore.errors import CaptureError, UsageError
 from indexer.encode.losses import IGNORED
+from indexer.layers.call import Call
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +59,7 @@ class Segments:
 
     def gather(self, x: Tensor) -> Tensor:
         """(S, L, …) of ``x`` (R, T, …): each sample's positions, zeros after them. CaptureError for another shape."""
+        x = without_axes_of_one(x, self.sample_RT.shape[1])
         if x.shape[:2] != self.sample_RT.shape:
             raise CaptureError(
                 f"a layer saw tensors of shape {tuple(x.shape)} for packed rows of shape "
@@ -66,6 +68,22 @@ class Segments:
             )
         index, absent = self.index_SL.to(x.device), self.absent_SL.to(x.device)
         return x.flatten(0, 1)[index].masked_fill_(absent.view(*absent.shape, *[1] * (x.dim() - 2)), 0)
+
+    def by_sample(self, saved: Tensor | Call, dy: Tensor) -> tuple[Tensor | Call, Tensor]:
+        """What a layer kept and the gradient at its outputs, by sample. CaptureError for another shape."""
+        if isinstance(saved, Tensor):
+            return self.gather(saved), self.gather(dy)
+        length = self.sample_RT.shape[1]
+        places, positions = [], []
+        for index_L, absent_L in zip(self.index_SL.cpu(), self.absent_SL.cpu(), strict=True):
+            rows_L, positions_L = index_L[~absent_L] // length, index_L[~absent_L] % length
+            if int(rows_L.max()) > int(rows_L.min()):
+                raise CaptureError(
+                    "a module that no formula knows runs again row by row, and a sample has positions in more than one"
+                )
+            places.append(int(rows_L[0]))
+            positions.append(positions_L.to(dy.device))
+        return saved.of_samples(tuple(places), tuple(positions), length), self.gather(saved.by_position(dy, length))
 
     def target_counts(self, labels_RT: Tensor) -> Tensor:
         """(S,) int64: targets of each sample under the next-token shift.
@@ -100,6 +118,13 @@ class Segments:
             )
         row_S = self.index_SL[:, 0].to(weights_S.device) // self.sample_RT.shape[1]
         return torch.zeros(self.rows, dtype=torch.float64, device=weights_S.device).index_add(0, row_S, weights_S)
+
+
+def without_axes_of_one(x: Tensor, length: int) -> Tensor:
+    """``x`` (R, T, …) of (R, 1, T, …), T being ``length``: a projection that DeepSeek applies head by head has them."""
+    while x.dim() > 2 and x.shape[1] == 1 != length and length in x.shape[2:]:
+        x = x.squeeze(1)
+    return x
 
 
 def packed_samples(batch: Mapping[str, Any], count: int) -> Tensor | None:

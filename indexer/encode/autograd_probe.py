@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from indexer.encode.forward_probe import Call, CannotRun
 from indexer.encode.modes import buffers_kept, device_type, devices_of
 from indexer.encode.sample_axis import can_be_cut, taken
-from indexer.layers.replayed import tensors_in
+from indexer.layers.call import tensors_in
 from indexer.projection.matrices import Projection
 from indexer.projection.plan import BlockPlan
 

@@ -160,7 +160,7 @@ def inputs_of(rows: Sequence[Row], device: torch.device) -> tuple[dict[str, Tens
 def pad(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
     """(ids, labels, mask), each (B, T) int64, padded on the right with id 0, label -100, mask 0.
 
-    Labels are the ids, -100 before a row's first target.
+    Labels are the ids, -100 before a row's first target, and behind its last.
     """
     length = max(len(row.tokens) for row in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
@@ -170,6 +170,7 @@ def pad(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
         tokens = torch.from_numpy(row.tokens).long()
         count = len(tokens)
         ids[place, :count] = tokens
-        labels[place, row.first_target : count] = tokens[row.first_target :]
+        targets = slice(row.first_target, count if row.stop_target is None else row.stop_target)
+        labels[place, targets] = tokens[targets]
         mask[place, :count] = 1
     return ids, labels, mask

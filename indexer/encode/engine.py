@@ -65,13 +65,12 @@ class GradProjLoraEngine:
     ``requires_grad`` again and all hooks are removed. Outputs are bit-identical with and without the engine.
 
     The first two batches of more than one sample are checked, and later the 64th, the 4096th, …: the samples must be
-    the first axis of every layer. The checks are a second backward pass of reweighted losses
-    (:mod:`indexer.encode.sample_axis`; not for a compiled model) and forward passes of some of the samples
-    (:mod:`indexer.encode.forward_probe`; only if the model itself is called). In the first of these batches, and later,
-    vectors are held against autograd: those of one sample, which runs again, or, if the loop calls parts of the model,
-    the sum of the batch; that batch takes the memory of a training step. In every batch a use of a weight outside its
-    module is an error (:mod:`indexer.encode.uses`; not for a compiled model). ``check=False`` leaves all this out;
-    ``find_uses=True`` keeps the last.
+    the first axis of every layer. The checks are a second backward pass of reweighted losses (not for a compiled model)
+    and forward passes of some of the samples (only if the model itself is called). In the first of these batches, and
+    later, vectors are held against autograd: those of one sample, which runs again, or, if the loop calls parts of the
+    model, the sum of the batch; that batch takes the memory of a training step. In every batch a use of a weight
+    outside its module is an error (not for a compiled model). ``check=False`` leaves all this out; ``find_uses=True``
+    keeps the last.
 
     Raises LayerError for layers that cannot be projected, UsageError for a model whose forward pass is random.
     """

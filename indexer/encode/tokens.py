@@ -78,6 +78,8 @@ class Row:
     status: Status
     source: Tokens | None = None
     """What an encoder reads; None for a causal model. The tokens are then those of the decoder."""
+    stop_target: int | None = None
+    """One past the last target; None: all that follow the first are."""
 
     @property
     def length(self) -> int:

@@ -59,7 +59,9 @@ def _refuse_to_keep(keep_gradients: int | None, keep: ProjectionConfig | None, p
 
 
 class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """``Trainer(…, callbacks=[GhostStoreCallback(store="./store", val_data=batches)])``, also of TRL's ``SFTTrainer``.
+    """Scores every sample of transformers' Trainer, also of TRL's ``SFTTrainer``, and records the scores in a store.
+
+    ``Trainer(…, callbacks=[GhostStoreCallback(store="./store", val_data=batches)])`` is all that a script needs.
 
     A sample's place is that of its row in the Trainer's ``train_dataset``, or what the integer column ``sample`` of
     that dataset says; the callback puts the places into the batches, and takes them out before the model sees them, in

@@ -32,7 +32,7 @@ __all__ = ["GhostConfig", "GhostEngineManager"]
 
 
 class GhostEngineManager:
-    """The reference loop::
+    """Scores every sample of a training loop, and records the scores in a store. The reference loop::
 
         manager = GhostEngineManager(config, model, optimizer, val_data=(X_val, Y_val))
         for iteration in range(max_steps):

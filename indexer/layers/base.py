@@ -25,7 +25,7 @@ from ghoststore.errors import CaptureError, LayerError
 from indexer.layers.factors import Factors, summed_gradient
 
 if TYPE_CHECKING:
-    from indexer.layers.replayed import Call
+    from indexer.layers.call import Call
 
 OUTPUT, NARROW_OUTPUT = 1e-3, 0.05
 """Largest relative difference of an output from its formula that can be rounding, in float32 and in 16 bits."""

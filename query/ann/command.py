@@ -1,6 +1,6 @@
 """``ghoststore.index``: build a FAISS index of a part and measure its recall.
 
-The defaults for each size of part come from ``benchmarks/index.py``; see ``docs/index.md``.
+The defaults for each size of part come from ``benchmarks/index.py``; see ``docs/approximate-index.md``.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def _by_blocks(
     assert scorer.encoder is not None
     assert scorer.val_set is not None
     encoder, question = scorer.encoder.unsketched(), scorer.question
-    val = encoder.encode_val_set(scorer.val_set, question.grouping, question.max_samples)
+    val = encoder.encode_val_set(scorer.val_set, question.grouping, question.max_samples, question.phrase)
     cosine = scorer.metric == "cosine"
     queries_QD = val.vectors.double()
     if scorer.minus_set is not None:

@@ -16,6 +16,8 @@ from ghoststore.store.part.fidelity import read_fidelity
 from ghoststore.store.part.metric import metric_for
 from query.ann.index import AnnIndex, refuse_lengths
 from query.answer.contributions import recomputable
+from query.answer.distribution import Distribution, distributions, refuse_histogram
+from query.answer.near import query_near
 from query.answer.report import write_report
 from query.answer.results import QueryHits, QueryResult, hits_of, with_nats
 from query.answer.run_query import query_run
@@ -92,17 +94,31 @@ def query(options: QueryOptions) -> QueryResult:
 
     ``run`` names a training run of the store instead of a part: its samples are ranked by the gradients that it keeps
     (``ghoststore train --keep-gradients``), as committed at this moment, also while it trains. A sample's score is the
-    sum of its scores at the steps it was in, each times the step's ``weight``, see `query.training_scores.weights`; of
+    sum of its scores at the steps it was in, each times the step's ``weight``, see ``docs/scores.md``; of
     ``step_window`` (``"0:100"`` or a slice), or of the ``last`` so many steps. With ``val_set``, ``checkpoint`` is a
     checkpoint of that training; without, each step's samples are held against the val gradient of that step, and no
     model is needed. Of a run that chose, a visit counts with the weight that its sample had in the step; with
     ``candidates`` those that were not trained on count, too, all alike. What belongs to parts is refused.
+
+    ``histogram`` counts the scores of all rows: ``histogram`` of a ranking has 60 bins, and the rows of each domain.
+
+    ``near`` is a row of the corpus in the place of a val set: the rows whose stored vectors are most similar to its
+    own, without itself. It needs no model; what belongs to a val set is refused.
+    ``server`` is the address of an explorer (``ghoststore serve``), with its token, or without and that in
+    GHOSTSTORE_TOKEN. It answers in the place of a store here, with the model that it keeps; ``store`` is then the name
+    of one of its stores, where it has several. What it does not offer is refused by name.
 
     ``report`` is a new .html file: the answer as one page, with histograms, domains and what each layer adds.
 
     Raises UsageError for a val set without a usable row and for patterns that match no layer, MismatchError for
     another checkpoint, tokenizer or projection and for a run on other samples, CorruptError for damaged rows.
     """
+    if options.server is not None:
+        from query.answer.remote import ask_server
+
+        return ask_server(options)
+    if not str(options.store):
+        raise UsageError("give `store`, whose rows are ranked; or `server`, the address of an explorer")
     return answer(options)
 
 
@@ -111,6 +127,8 @@ def answer(options: QueryOptions, opened: OpenedModel | None = None) -> QueryRes
     progress = options.progress or Silent()
     if options.top_k < 0 or options.bottom_k < 0 or not options.top_k + options.bottom_k:
         raise UsageError(f"`top_k={options.top_k}` and `bottom_k={options.bottom_k}`: ask for at least one row")
+    if options.near is not None:
+        return query_near(options, progress)
     if options.run is not None:
         return query_run(options, progress)
     refuse_options_of_runs(options, candidates=options.candidates)
@@ -122,7 +140,7 @@ def answer(options: QueryOptions, opened: OpenedModel | None = None) -> QueryRes
     if how.rerank is not None:
         refuse_rerank(question, how, options.top_k, options.bottom_k)
     settings = {"index": options.index, "top_k": options.top_k, "bottom_k": options.bottom_k}
-    settings |= {"tokens": True} if options.tokens else {}
+    settings |= {name: True for name in ("tokens", "histogram") if getattr(options, name)}
     return _answer(question, settings, how, options.index_name, options.text, page, progress, opened)
 
 
@@ -143,6 +161,8 @@ def _answer(
         _refuse_index(question, parts)
     if "tokens" in settings:
         refuse_tokens(question, how, parts)
+    if "histogram" in settings:
+        refuse_histogram(how, settings["index"])
     if question.data is not None:
         refuse_united(parts, "`data`")
     metric, ann = metric_for(question.metric, parts), None
@@ -168,6 +188,9 @@ def _answer(
             question, parts, weights, corpus, progress, minus=minus, keep_model=keep_model, opened=opened
         )
         note_repeated(scorer.part, progress)
+        if "histogram" in settings and len(scorer.names) == 1:
+            # The rows are ranked by these, and the vectors read once. Of several queries their last bits may differ.
+            scorer.scores(progress)
         if how.rerank is None:
             rankings = scorer.rank(*counts, progress, index=ann)
         else:
@@ -175,6 +198,10 @@ def _answer(
         if ann is not None and not scorer.by_index:  # it could not be filtered
             settings = {**settings, "index": "exact"}
         explained = explain(scorer, rankings, progress) if "tokens" in settings else None
+        all_scores: list[Distribution | None] = [None] * len(scorer.names)
+        if "histogram" in settings:
+            listed = [[int(row) for row in rows if row >= 0] for rows in rankings[0].rows]
+            all_scores = distributions(scorer, listed, scorer.scores(progress))
         hits = hits_of(scorer.part, rankings, text, progress, scorer.blend or scorer.hybrid, question.data, explained)
         unit = unit_of(question, parts, rounded=how.rerank is None) if how.in_metric else None
         settings = {"unit": None if unit is None else unit.to_json(), **settings}
@@ -187,9 +214,9 @@ def _answer(
                 "fidelity": fidelity_settings(scorer, progress) if how.rerank is None else None,
             },
             results=[
-                QueryHits(query=name, hits=best, bottom=worst, val_row=val_row)
-                for name, val_row, best, worst in zip(
-                    scorer.names, scorer.val_rows, *with_nats(hits, unit), strict=True
+                QueryHits(query=name, hits=best, bottom=worst, val_row=val_row, histogram=counted)
+                for name, val_row, counted, best, worst in zip(
+                    scorer.names, scorer.val_rows, all_scores, *with_nats(hits, unit), strict=True
                 )
             ],
         )

@@ -21,6 +21,7 @@ from ghoststore.shown import visible
 from ghoststore.store import Part, Status
 from ghoststore.store.base.new_files import new_file
 from query.answer.contributions import Contributions, contributions
+from query.answer.distribution import BINS, binned
 from query.answer.results import Hit, MixedHit, QueryResult, title_of
 from query.answer.tokens import Token, pieces
 from query.ask.scorer import Scorer
@@ -35,8 +36,8 @@ MOST_CHARACTERS = 4000
 """Characters shown of a sample's text."""
 STRONGEST = 3
 """Layers named beside a sample: those that add most to its score."""
-WIDTH, HEIGHT, TOP, BINS = 480, 150, 10, 60
-"""Size of a histogram and the margin above it, in units of the SVG picture; and its number of bins."""
+WIDTH, HEIGHT, TOP = 480, 150, 10
+"""Size of a histogram and the margin above it, in units of the SVG picture."""
 
 
 def write_report(
@@ -120,10 +121,8 @@ def histogram(scores_N: NDArray[np.float64], hits: Sequence[Hit]) -> dict[str, A
     finite = scores_N[np.isfinite(scores_N)]
     if not len(finite):
         return None
-    low, high = float(finite.min()), float(finite.max())
+    low, high, counts = binned(finite)
     spread = high - low if high - low > 1e-12 * max(abs(low), abs(high)) else 0.0  # less is rounding
-    shares = (finite - low) / spread if spread else np.full(len(finite), 0.5)
-    counts, _ = np.histogram(shares, BINS, (0.0, 1.0))
     tall = HEIGHT * np.log1p(counts) / np.log1p(counts.max())
     wide = WIDTH / BINS
 

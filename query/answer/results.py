@@ -13,6 +13,7 @@ import numpy as np
 from ghoststore.progress import Progress
 from ghoststore.settings.shared import Data
 from ghoststore.store import Part
+from query.answer.distribution import Distribution
 from query.answer.tokens import Explained, Token, ValTokens
 from query.ask.blend import Blend
 from query.ask.lexical import Hybrid
@@ -127,6 +128,8 @@ class QueryHits:
     hits: Sequence[Hit]
     bottom: Sequence[Hit]
     """The rows with the lowest scores, lowest first; empty without ``bottom_k``."""
+    histogram: Distribution | None = None
+    """How the scores of all rows lie; None without ``histogram`` of the question, and where no row has a score."""
 
     def __len__(self) -> int:
         return len(self.hits)
@@ -233,6 +236,8 @@ class QueryResult:
                     del hit["part"]
                 if not self.settings.get("tokens"):
                     _flat(hit)
+            if not self.settings.get("histogram"):
+                del result["histogram"]
             if not self.settings.get("bottom_k"):
                 del result["bottom"]
         return {"store": self.store, "settings": self.settings, "results": results}

@@ -25,6 +25,7 @@ def query_run(options: QueryOptions, progress: Progress) -> QueryResult:
         "rerank_with": options.rerank_with != "exact",
         "report": options.report is not None,
         "tokens": options.tokens,
+        "histogram": options.histogram,
     }
     for name, given in of_parts.items():
         if given:

@@ -27,7 +27,7 @@ from query.search.vectors import PartVectors
 
 OF_SESSION = ("store", "part", "checkpoint", "base", "tokenizer", "data", "device")
 """Options of a query that the session has."""
-NOT_OF_SESSION = ("run", "step_window", "last", "candidates", "part_weights")
+NOT_OF_SESSION = ("near", "run", "step_window", "last", "candidates", "part_weights", "server")
 """Options of a query of other things than one part."""
 
 

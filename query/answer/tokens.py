@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
@@ -158,8 +157,8 @@ class _ValPlaces:
         assert scorer.val_set is not None
         self.scorer = scorer
         used = {place for places in val.samples_of for place in places}
-        samples = islice(scorer.val_set.samples(), scorer.question.max_samples)
-        rows = [row for row in scorer.encoder.rows(samples) if row.status.usable and row.sample.source_row in used]
+        val_rows = scorer.encoder.val_rows(scorer.val_set, scorer.question.max_samples, scorer.question.phrase)
+        rows = [row for row in val_rows if row.status.usable and row.sample.source_row in used]
         vectors_QD = val.vectors.double() * term.mask
         self.minus_D = None if scorer.minus is None else scorer.minus.vectors[0].double() * term.mask
         own_QD = term.queries_QD[-len(vectors_QD) :]

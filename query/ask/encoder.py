@@ -45,6 +45,7 @@ from indexer.encode.positions import position_scores
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, rows_of
 from indexer.projection.matrices import Projection
 from indexer.projection.stored import projection_of
+from query.ask.phrase import Phrase
 from query.ask.question import Grouping
 from query.common.texts import corpus_behind
 
@@ -190,12 +191,21 @@ class PartEncoder:
         with self._encoder:
             return encode_rows(self._encoder, rows, int(self.part.manifest["batching"]["batch_tokens"]), task).vectors
 
-    def encode_val_set(self, corpus: Corpus, grouping: Grouping, max_samples: int | None) -> ValVectors:
+    def val_rows(self, corpus: Corpus, max_samples: int | None, phrase: str | None = None) -> Iterator[Row]:
+        """The rows of a val set; with ``phrase`` the one whose targets are its tokens: see :mod:`query.ask.phrase`."""
+        if phrase is None:
+            return self.rows(islice(corpus.samples(), max_samples))
+        rows = list(self.rows(islice(corpus.samples(), min(2, max_samples or 2))))
+        return iter(Phrase.of(phrase).rows(rows, self.token_texts))
+
+    def encode_val_set(
+        self, corpus: Corpus, grouping: Grouping, max_samples: int | None, phrase: str | None = None
+    ) -> ValVectors:
         """The vectors of a val set: of each usable row of ``corpus``, or their mean over all rows or over each domain.
 
         Means are summed in float64. Rows that cannot be used (too short, masked, not finite) are left out and counted.
-        ``max_samples`` limits how many samples are read. UsageError if no row is usable, and with grouping ``domain``
-        for a sample without a domain.
+        ``max_samples`` limits how many samples are read; ``phrase`` is as in :meth:`val_rows`. UsageError if no row is
+        usable, and with grouping ``domain`` for a sample without a domain.
         """
         corpus.cut_stream(self.max_length)
         sums: dict[str, NDArray[np.float64]] = {}
@@ -207,7 +217,7 @@ class PartEncoder:
         read_rows, digest = 0, xxhash.xxh3_64()
         pieces: list[Tensor] = []
         left_out: Counter[str] = Counter()
-        rows = self.rows(islice(corpus.samples(), max_samples))
+        rows = self.val_rows(corpus, max_samples, phrase)
         with closing(self._progress.task("val set", None)) as task:
             while batch := list(islice(rows, ROWS_AT_ONCE)):
                 vectors = self.vectors(batch, task)

@@ -14,6 +14,7 @@ from ghoststore.settings.option import check_at_least, check_choices
 from ghoststore.settings.question import QuestionOptions
 from ghoststore.settings.shared import Checkpoint
 from query.ask.blend import checked_weight
+from query.ask.phrase import Phrase
 from query.search.second_moment import checked_damping
 
 Grouping = Literal["mean", "each", "domain"]
@@ -37,6 +38,12 @@ class Question(QuestionOptions):
                 "Give another one, or leave `minus` out"
             )
         check_at_least(1, max_samples=self.max_samples)
+        if self.phrase is not None:
+            Phrase.of(self.phrase)  # refuses what is none
+            if self.group_field is not None:
+                raise UsageError("`phrase` is of one val sample, and `group_field` divides several: give one of them")
+            if self.lexical is not None:
+                raise UsageError("`lexical` ranks by the words of whole val samples: leave it or `phrase` out")
         if self.each and self.group_field is not None:
             raise UsageError("`each` asks for a ranking a val sample, `group_field` for one a group: give one of them")
         if self.group_field is None and self.combine != "mean":

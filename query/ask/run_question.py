@@ -52,6 +52,7 @@ class RunQuestion(RunGradientsOptions, Question):
             "`group_field`": self.group_field is not None,
             "`minus`": self.minus is not None,
             "`max_samples`": self.max_samples is not None,
+            "`phrase`": self.phrase is not None,
             "`fields`": self.fields not in (None, Fields()),
         }
         for name, given in of_val_set.items():

@@ -135,7 +135,7 @@ class RunScorer:
             device=question.device,
             progress=progress,
         )
-        val = encoder.encode_val_set(corpus, question.grouping, question.max_samples)
+        val = encoder.encode_val_set(corpus, question.grouping, question.max_samples, question.phrase)
         val.note_left_out(progress)
         if question.group_field is not None and COMBINED in val.ids:
             raise UsageError(
@@ -255,6 +255,7 @@ class RunScorer:
             "val_rows": 0 if self.val is None else self.val.used,
             "val_rows_left_out": {} if self.val is None else self.val.left_out,
             **({} if self.minus is None else minus_settings(question, self.minus)),
+            **({} if question.phrase is None else {"phrase": question.phrase}),
             "mode": mode,
             **grouped,
             "metric": self.metric,

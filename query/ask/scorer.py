@@ -91,7 +91,7 @@ def open_scorer(
                 device=question.device,
                 progress=progress,
             )
-        val = encoder.encode_val_set(val_set, question.grouping, question.max_samples)
+        val = encoder.encode_val_set(val_set, question.grouping, question.max_samples, question.phrase)
         val.note_left_out(progress)
         vals.append(val)
         if minus is not None:
@@ -257,7 +257,7 @@ class Scorer:
             if (by_index := self._rank_by_index(index, counts, progress)) is not None:
                 return by_index
             self.by_index = False
-        if self.mixed or self._fused:
+        if self.mixed or self._fused or self._scores is not None:  # the last: they are there already
             scores = self.scores(progress)
             return rankings_of(scores, counts[0]), rankings_of(scores, counts[1], sign=-1.0)
         combine: Literal["max"] | None = "max" if self._by_rows else None
@@ -365,6 +365,7 @@ class Scorer:
             "val_rows": self.val.used,
             "val_rows_left_out": self.val.left_out,
             **({} if self.minus is None else minus_settings(question, self.minus)),
+            **({} if question.phrase is None else {"phrase": question.phrase}),
             "mode": mode,
             **(groups if self._grouped else {}),
             "metric": self.metric,

@@ -10,10 +10,9 @@ Legend: Q queries, V val rows, U candidates of all queries together, O, I axes o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghoststore.corpus import Corpus
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.settings.option import check_at_least, check_choices
@@ -266,7 +264,7 @@ def _val_rows(scorer: Scorer) -> tuple[list[Row], Tensor]:
     assert scorer.encoder is not None
     assert scorer.val_set is not None
     val, encoder, question = scorer.val, scorer.encoder, scorer.question
-    rows = _used_rows(encoder, scorer.val_set, val, question.max_samples)
+    rows = _used_rows(encoder.val_rows(scorer.val_set, question.max_samples, question.phrase), val)
     weights_QV = torch.zeros(len(val.ids), len(rows), dtype=torch.float64)
     if question.each:
         weights_QV.fill_diagonal_(1.0)
@@ -278,17 +276,12 @@ def _val_rows(scorer: Scorer) -> tuple[list[Row], Tensor]:
     if scorer.minus_set is None:
         return rows, weights_QV
     assert scorer.minus is not None
-    minus = _used_rows(encoder, scorer.minus_set, scorer.minus, None)
+    minus = _used_rows(encoder.val_rows(scorer.minus_set, None), scorer.minus)
     minus_QV = torch.full((len(val.ids), len(minus)), -1.0 / len(minus), dtype=torch.float64)
     return [*rows, *minus], torch.cat([weights_QV, minus_QV], dim=1)
 
 
-def _used_rows(encoder: PartEncoder, corpus: Corpus, val: ValVectors, max_samples: int | None) -> list[Row]:
-    """The rows of a val set that have a vector."""
-    used: Iterator[int] = iter(val.row_places)
-    wanted, rows = next(used, None), []
-    for place, row in enumerate(encoder.rows(islice(corpus.samples(), max_samples))):
-        if place == wanted:
-            rows.append(row)
-            wanted = next(used, None)
-    return rows
+def _used_rows(rows: Iterable[Row], val: ValVectors) -> list[Row]:
+    """Those of the ``rows`` of a val set that have a vector."""
+    used = set(val.row_places)
+    return [row for place, row in enumerate(rows) if place in used]

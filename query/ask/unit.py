@@ -104,7 +104,8 @@ def unit_of(question: Question, parts: Sequence[Part], *, rounded: bool = True) 
 def unit_words(settings: Mapping[str, Any]) -> str:
     """What the sign and the scale of numbers in the ``unit`` of a result's ``settings`` mean, in a sentence."""
     unit = settings["unit"]
-    loss = "the val loss" if settings.get("minus") is None else "the val loss less that of the second val set"
+    loss = "the val loss" if settings.get("phrase") is None else "the loss of the phrase"
+    loss += "" if settings.get("minus") is None else " less that of the second val set"
     some = settings["layers"] or settings["exclude_layers"]
     of_layers = " Here it is the share of the layers asked for." if some else ""
     if "step" in unit:

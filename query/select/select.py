@@ -34,9 +34,9 @@ def select(options: SelectOptions) -> SelectReport:
     How much: one of ``fraction`` (of the samples that can be chosen), ``count``, ``threshold`` (lowest score),
     ``threshold_nats`` (lowest score in nats, where scores have a unit) and ``token_budget``. ``quotas`` deal it out by
     domain: {domain: share or number of samples}, ``proportional`` or ``equal``. ``diversity``: ``mmr``,
-    ``facility-location`` or ``greats``, see `query.select.diversity`, among the best ``candidates`` (default: 4 for
-    each that is asked for), with a ``diversity_weight``. ``leaks``: what becomes of near-duplicates of the val set, see
-    `query.select.leaks`. The same call writes the same bytes.
+    ``facility-location`` or ``greats``, among the best ``candidates`` (default: 4 for each that is asked for), with a
+    ``diversity_weight``. ``leaks``: what becomes of near-duplicates of the val set. What these do: ``docs/select.md``.
+    The same call writes the same bytes.
 
     ``out`` is a new path: the form of the corpus, or .jsonl, .parquet or a folder (``save_to_disk``). ``order`` of its
     rows is that of the corpus, or falling ``score``. ``report`` is a new .json file (default: ``out`` and

@@ -52,6 +52,32 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DomainMeans:
+    """The mean weight·score of one domain in each bin of steps. The ``domain`` None stands for samples without one."""
+
+    domain: str | None
+    mean: list[float | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreSpread:
+    """Scores in equal bins of steps, unweighted but for ``domains``; None for a bin without any."""
+
+    steps: list[float]
+    """The middle of each bin, in steps."""
+    mean: list[float | None]
+    quantiles: list[float]
+    """Which quantiles the ``bands`` are, 0 to 1."""
+    bands: list[list[float | None]]
+    """One list for each quantile. A number is off by at most 1/64 of itself."""
+    domains: list[DomainMeans]
+    groups: dict[str, list[float | None]]
+    """The mean score for each val group."""
+    kept_share: list[float | None] | None
+    """Share of the candidates that were trained on; None for a run that does not choose."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
     """A run at one moment. Losses are in nats a token. A number that does not exist yet is None."""
 
@@ -120,7 +146,13 @@ class Frame:
     domains: list[DomainTrend] = field(default_factory=list)
     """The domains, highest value per time first."""
     curve: Curve | None = None
+    spread: ScoreSpread | None = None
+    """For the explorer alone: None, and not in the document of the command line, unless the watcher was asked for it.
+    """
 
     def to_json(self) -> dict[str, Any]:
         """The document that ``ghoststore watch --once --json`` prints."""
-        return asdict(self)
+        document = asdict(self)
+        if self.spread is None:
+            del document["spread"]
+        return document

@@ -49,7 +49,7 @@ def scores(options: ScoresOptions) -> ScoresResult:
     With ``by="domain"`` a table of domains instead, with ``sample`` the history of the sample of that id (of each, with
     a running sum of its own, where several have it). ``value`` is
     ``cumulative`` (Σ w·s), ``mean`` (that ÷ times), ``sum`` (Σ s) or ``last`` (the newest score). ``weight`` says what
-    w of a step is: ``unit``, ``learning-rate`` or ``loss-fall``, see `query.training_scores.weights`. ``steps`` is a
+    w of a step is: ``unit``, ``learning-rate`` or ``loss-fall``, see ``docs/scores.md``. ``steps`` is a
     window, ``"0:100"`` or a slice. ``group`` takes the scores against one val group, ``layers`` and
     ``exclude_layers`` those of some layers (module paths or globs). ``min_times`` leaves out what was scored less
     often, ``domains`` keeps some domains alone, ``where`` what matches an SQL condition on the columns of the row

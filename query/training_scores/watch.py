@@ -30,6 +30,7 @@ from query.common.texts import texts_of
 from query.training_scores.chosen import RECENT_STEPS, Chosen
 from query.training_scores.curves import STEP_ARRAYS, Curves
 from query.training_scores.frame import Curve, DomainTrend, Extreme, Frame, RunState
+from query.training_scores.spread import Spread, finite_list
 from query.training_scores.steps import ScoreColumn, StepPiece, end_of, gaps_of, stream_steps
 from query.training_scores.sums import ScoreSums, Units, best
 from query.training_scores.weights import StepWeights
@@ -99,7 +100,13 @@ class Watcher:
     """Running sums over a run. :meth:`look` adds what was committed since the last call."""
 
     def __init__(
-        self, store: str | Path, run: str | None = None, *, text: bool = True, data: Data | None = None
+        self,
+        store: str | Path,
+        run: str | None = None,
+        *,
+        text: bool = True,
+        data: Data | None = None,
+        spread: bool = False,
     ) -> None:
         self._store = Store.open(store)
         self._name = run
@@ -114,6 +121,8 @@ class Watcher:
         """For each id looked up so far whether several samples have it."""
         self._last: Frame | None = None
         self._notes = _NoteList()
+        self._spread: Spread | None = None
+        self._wants_spread = spread
 
     @property
     def opened(self) -> bool:
@@ -131,10 +140,13 @@ class Watcher:
         chosen, self._pending = _first(self._pending, most_steps)
         if self._last is None or chosen:
             column, weights = ScoreColumn("score"), self._weights
-            for piece in stream_steps(self._run, column, chosen, weights=weights, also=STEP_ARRAYS):
+            also = (*STEP_ARRAYS, *(() if self._spread is None else self._spread.also))
+            for piece in stream_steps(self._run, column, chosen, weights=weights, also=also):
                 self._add(piece)
             self._last = self._frame(self._run)
-        return replace(self._last, **_writer_fields(self._run, self._last))
+        fields = writer_fields(self._run, finished=self._last.finished)
+        left = self._last.seconds_left if fields["state"] == "running" else None
+        return replace(self._last, **fields, seconds_left=left)
 
     def _open(self) -> str | None:
         """Open the run. Returns None, or what to wait for if the run does not exist yet."""
@@ -159,6 +171,7 @@ class Watcher:
         self._recent_count = 0
         self._recent_steps: deque[tuple[float, float, float]] = deque(maxlen=RECENT_STEPS)
         self._chosen = Chosen(run) if run.layout.weights else None
+        self._spread = Spread(run) if self._wants_spread else None
         self._latest: dict[str, float | None] = dict.fromkeys(("train_loss", "val_loss", "learning_rate"))
         return None
 
@@ -169,6 +182,8 @@ class Watcher:
         self._curves.add(piece, counts)
         if self._chosen is not None:
             self._chosen.add(piece)
+        if self._spread is not None:
+            self._spread.add(piece, counts)
         if counts.any():
             newest = places.score[counts][-RECENT_SCORES:]
             self._recent_scores.append(newest)
@@ -229,6 +244,7 @@ class Watcher:
             worst=[self._extreme(int(place), values, run) for place in ranked[1]],
             domains=self._trends(),
             curve=self._curve(),
+            spread=None if self._spread is None else self._spread.frame(),
         )
 
     def _extreme(self, unit: int, values: NDArray[np.float64], run: Run) -> Extreme:
@@ -276,7 +292,7 @@ class Watcher:
         with np.errstate(invalid="ignore", divide="ignore"):
             per_bin = weighted / times
         value, below = (sums.sum(0) / np.maximum(total, 1) for sums in (weighted, negative))
-        shares = [None] * len(total) if self._chosen is None else _finite(self._chosen.shares)
+        shares = [None] * len(total) if self._chosen is None else finite_list(self._chosen.shares)
         trends = [
             DomainTrend(
                 domain=self._curves.names[place],
@@ -284,7 +300,7 @@ class Watcher:
                 value_per_time=float(value[place]) if total[place] else None,
                 negative_share=float(below[place]) if total[place] else None,
                 kept_share=shares[place],
-                trend=_finite(per_bin[:filled, place]),
+                trend=finite_list(per_bin[:filled, place]),
             )
             for place in range(len(total))
             if total[place] or shares[place] is not None
@@ -299,12 +315,8 @@ class Watcher:
         count = int(filled[-1]) + 1 if len(filled) else 0
         return Curve(
             steps=curves.centres[:count].tolist(),
-            **{name: _finite(mean[:count]) for name, mean in means.items()},
+            **{name: finite_list(mean[:count]) for name, mean in means.items()},
         )
-
-
-def _finite(values: NDArray[np.float64]) -> list[float | None]:
-    return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _histogram(scores: NDArray[np.float64]) -> tuple[list[int], list[float]]:
@@ -363,11 +375,11 @@ def _age(run: Run) -> float | None:
     return max(0.0, time.time() - max(times)) if times else None
 
 
-def _writer_fields(run: Run, frame: Frame) -> dict[str, Any]:
+def writer_fields(run: Run, *, finished: bool) -> dict[str, Any]:
     """The fields of a frame about the writer of the run: whether there is one, and since when there is none."""
     by_age = sorted(writers(run.path), key=lambda writer: (writer.alive, writer.touched))
     writer, age = by_age[-1] if by_age else None, _age(run)
-    state: RunState = "finished" if frame.finished else "running" if writer is not None and writer.alive else "stopped"
+    state: RunState = "finished" if finished else "running" if writer is not None and writer.alive else "stopped"
     silent = None
     if state == "stopped":
         ages = [age] if age is not None else []
@@ -377,6 +389,5 @@ def _writer_fields(run: Run, frame: Frame) -> dict[str, Any]:
         "state": state,
         "commit_age": age,
         "silent": silent,
-        "seconds_left": frame.seconds_left if state == "running" else None,
         "writer": None if writer is None else {name: getattr(writer, name) for name in WRITER},
     }

@@ -77,7 +77,7 @@ def test_hostile_texts_are_text(page: Any, explorer: ghoststore.Explorer) -> Non
     assert page.title() == "Ask · ghoststore"
     hits.locator(".id").first.click()
     page.wait_for_selector("#sample .card")
-    assert page.locator("#sample .text").text_content() == answer[0].text
+    assert page.locator("#sample article.card > .text").text_content() == answer[0].text
     page.get_by_role("link", name="Store").click()
     page.wait_for_selector("#store .card")
     assert page.locator("#store img, #store script").count() == 0

@@ -237,9 +237,10 @@ def test_a_signal_where_val_gradients_last(gym: Gym, tmp_path: Path) -> None:
     options = tuple(map(str, options))
     assert gym.run(tmp_path / "whole", *options).code == 0
     folder = tmp_path / "stopped"
-    fault = at("fsync", r"journal/00000000\.log$", "before", 3) | {"act": "interrupt"}  # after step 8
+    # After step 8, by the thread that writes: the one that trains may be some steps further when it hears of it.
+    fault = at("fsync", r"journal/00000000\.log$", "before", 3) | {"act": "interrupt"}
     assert gym.run(folder, *options, fault=fault).code == 130
-    assert [path.name for path in checkpoints(folder / "out")] == ["checkpoint-10"]
+    assert checkpoints(folder / "out")[-1].name in ("checkpoint-10", "checkpoint-15")
     assert gym.run(folder, *options).code == 0
     runs = [Store.open(each / "store").run("run") for each in (folder, tmp_path / "whole")]
     assert same_bits(*map(arrays_of, runs)) == []

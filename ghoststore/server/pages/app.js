@@ -1,15 +1,34 @@
-// Which view is shown: #/ask?…, #/store, #/sample/PART/ROW.
+// Which view is shown: #/ask?…, #/runs, #/runs/NAME?with=OTHER, #/store, #/sample/PART/ROW.
 
-import { request } from "./api.js";
+import { goOn, request, storeName, turnTo } from "./api.js";
 import { openAsk } from "./ask.js";
-import { byId, problem } from "./dom.js";
+import { byId, make, problem } from "./dom.js";
+import { leaveRuns, runsProblem, showRuns } from "./runs.js";
 import { showSample } from "./sample.js";
-import { showStore } from "./store.js";
+import { leaveStore, showStore } from "./store.js";
 
-const VIEWS = ["ask", "store", "sample"];
-const TITLES = { ask: "Ask", store: "Store", sample: "Sample" };
+const TITLES = { ask: "Ask", runs: "Runs", store: "Store", sample: "Sample" };
+const VIEWS = Object.keys(TITLES);
 
 let turns = 0;
+let isLost = false;
+
+// Of several stores of the server this tab shows one, which its address names.
+async function chooseStore() {
+  const { stores } = await request("/api/stores");
+  if (stores.length === 1) return true;
+  const names = stores.map((store) => store.name);
+  if (!names.includes(storeName)) {
+    turnTo(names[0], location.hash);
+    return false;
+  }
+  const choice = byId("stores");
+  if (choice.childElementCount !== names.length) choice.replaceChildren(...names.map((value) => make("option", { value }, value)));
+  choice.value = storeName;
+  choice.onchange = () => turnTo(choice.value, "#/store");
+  byId("store-choice").hidden = false;
+  return true;
+}
 
 async function route() {
   turns += 1;
@@ -17,29 +36,75 @@ async function route() {
   const [path, query] = location.hash.replace(/^#\/?/, "").split("?", 2);
   const [asked, ...rest] = path.split("/");
   const view = VIEWS.includes(asked) ? asked : "ask";
+  const values = new URLSearchParams(query || "");
   const reveal = () => {
     for (const name of VIEWS) byId(`view-${name}`).hidden = name !== view;
   };
-  for (const name of ["ask", "store"]) {
+  for (const name of ["ask", "runs", "store"]) {
     if (name === view) byId(`nav-${name}`).setAttribute("aria-current", "page");
     else byId(`nav-${name}`).removeAttribute("aria-current");
   }
   document.title = `${TITLES[view]} · ghoststore`;
+  leaveRuns();
+  leaveStore();
   try {
+    if (!await chooseStore()) return;
+    if (view === "runs") {
+      reveal();
+      await showRuns(rest.map(decodeURIComponent), values);
+      return;
+    }
     const store = await request("/api/store");
     if (turn !== turns) return; // another view was asked for meanwhile
     byId("store-name").textContent = store.store;
     reveal(); // not before: the form is filled from here on, and would lose what was typed into it
-    if (view === "ask") await openAsk(store, new URLSearchParams(query || ""));
+    if (view === "ask") await openAsk(store, values);
     if (view === "store") showStore(store);
     if (view === "sample") await showSample(rest.map(decodeURIComponent));
   } catch (error) {
-    if (turn !== turns) return;
+    if (turn !== turns || error.name === "AbortError") return;
     reveal();
-    const place = byId({ ask: "answer", store: "store", sample: "sample" }[view]);
-    place.replaceChildren(problem(error));
+    if (view === "runs") runsProblem(error);
+    else byId({ ask: "answer", store: "store", sample: "sample" }[view]).replaceChildren(problem(error));
   }
 }
+
+// The server has ended, or was started anew with another token: the page says so, and goes on with the new address.
+function lost(why) {
+  const words = {
+    ended: "The server has ended, or cannot be reached.",
+    token: "The server does not know this page: it was started again, or the address had no token.",
+  };
+  byId("lost-why").textContent = words[why];
+  byId("lost").hidden = false;
+  isLost = true;
+}
+
+function found() {
+  byId("lost").hidden = true;
+  byId("lost-problem").textContent = "";
+  isLost = false;
+}
+
+addEventListener("lost", (event) => lost(event.detail));
+addEventListener("answered", () => {
+  if (isLost) found();
+});
+byId("lost").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  byId("lost-problem").textContent = "";
+  try {
+    if (!goOn(byId("address").value)) return; // on its way to another port
+    await request("/api/stores");
+  } catch (error) {
+    byId("lost-problem").textContent = error.message;
+    return;
+  }
+  byId("address").value = "";
+  byId("main").focus();
+  if (byId("answer").querySelector(".problem") && !byId("view-ask").hidden) byId("ask").requestSubmit();
+  else route();
+});
 
 addEventListener("hashchange", route);
 document.querySelector(".skip").addEventListener("click", (event) => {

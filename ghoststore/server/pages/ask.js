@@ -1,89 +1,16 @@
 // The Ask page: a form, whose state is the fragment of the address, and the ranking that answers it.
 
 import { link, request } from "./api.js";
+import { charts } from "./charts.js";
 import { busy, byId, copyButton, make, problem, whole } from "./dom.js";
+import { basket, picksOf, takePicks } from "./basket.js";
+import { byWords, chooseDomain, fill, form, kind, question, state } from "./form.js";
+import { inWords, ranking } from "./hits.js";
+import { legend } from "./tokens.js";
 
-const FIELDS = ["text", "prompt", "completion", "part", "metric", "top-k", "bottom-k", "where", "minus", "layers", "lexical"];
-const DEFAULTS = { "top-k": "10", "bottom-k": "0" };
-const LONG = 700;
-const form = byId("ask");
 const answer = byId("answer");
 let shown = null; // the fragment whose answer is shown
 let running = null;
-
-const kind = () => form.elements.kind.value;
-
-function showKind() {
-  for (const box of form.querySelectorAll("[data-kind]")) box.hidden = box.dataset.kind !== kind();
-}
-
-function fill(store, state) {
-  const parts = store.parts.map((part) => part.name);
-  byId("part").replaceChildren(...parts.map((name) => make("option", { value: name }, name)));
-  for (const name of FIELDS) {
-    if (name !== "part") byId(name).value = state.get(name) ?? DEFAULTS[name] ?? "";
-  }
-  if (parts.includes(state.get("part"))) byId("part").value = state.get("part");
-  form.elements.kind.value = state.has("prompt") || state.has("completion") ? "prompt" : state.get("kind") === "file" ? "file" : "text";
-  byId("more").open = ["minus", "layers", "lexical"].some((name) => state.has(name));
-  showKind();
-  suggest(store);
-}
-
-function suggest(store) {
-  const part = store.parts.find((one) => one.name === byId("part").value);
-  const domains = (part && part.manifest.corpus.domains) || [];
-  const conditions = domains.map((name) => `domain = '${name.replaceAll("'", "''")}'`);
-  byId("conditions").replaceChildren(...conditions.map((value) => make("option", { value })));
-}
-
-function state() {
-  const values = new URLSearchParams();
-  const left = { text: ["prompt", "completion"], prompt: ["text"], file: ["text", "prompt", "completion"] }[kind()];
-  for (const name of FIELDS) {
-    const { value } = byId(name);
-    if (value !== "" && value !== DEFAULTS[name] && !left.includes(name)) values.set(name, value);
-  }
-  if (kind() === "file") values.set("kind", "file");
-  return values;
-}
-
-const EMPTY = "Say what to rank by: there is no text yet.";
-
-async function valSet() {
-  if (kind() === "prompt") {
-    const row = { prompt: byId("prompt").value, completion: byId("completion").value };
-    if (!row.completion) throw new Error("A completion is missing: the model is asked to say it after the prompt.");
-    return [row];
-  }
-  if (kind() === "text") {
-    if (!byId("text").value) throw new Error(EMPTY);
-    return [byId("text").value];
-  }
-  const [file] = byId("file").files;
-  if (!file) throw new Error("Choose a file first: jsonl, one row a line.");
-  const lines = (await file.text()).split(/\r?\n/);
-  if (file.name.endsWith(".txt")) return lines.filter((line) => line.trim());
-  return lines.flatMap((line, place) => {
-    if (!line.trim()) return [];
-    try {
-      return [JSON.parse(line)];
-    } catch (error) {
-      throw new Error(`${file.name}, line ${place + 1}: no JSON (${error.message})`);
-    }
-  });
-}
-
-async function question() {
-  const value = (name) => byId(name).value.trim();
-  const asked = { val_set: await valSet(), part: value("part"), top_k: Number(value("top-k")), bottom_k: Number(value("bottom-k")) };
-  if (value("metric")) asked.metric = value("metric");
-  if (value("where")) asked.where = value("where");
-  if (value("minus")) asked.minus = [value("minus")];
-  if (value("layers")) asked.layers = value("layers").split(",").map((word) => word.trim());
-  if (value("lexical")) asked.lexical = Number(value("lexical"));
-  return asked;
-}
 
 async function ask() {
   if (running) running.abort();
@@ -93,53 +20,45 @@ async function ask() {
   answer.setAttribute("aria-busy", "true");
   answer.replaceChildren(busy("Ranking. The first question loads the model …"));
   try {
-    const result = await request("/api/query", await question(), signal);
-    if (!signal.aborted) show(result);
+    const asked = await question();
+    const result = await request("/api/query", asked, signal);
+    if (signal.aborted) return;
+    const words = byId("words").checked ? make("section", { "aria-label": "Ranked by words" }) : null;
+    show(result, words, asked);
+    if (words) await addWords(words, byWords(asked), result, signal);
   } catch (error) {
     if (signal.aborted) return;
     answer.replaceChildren(problem(error));
   }
+  if (signal.aborted) return;
   byId("go").disabled = false;
   answer.setAttribute("aria-busy", "false");
 }
 
-const product = (hit) => (hit.similarity === undefined ? hit.score : hit.similarity);
-
-function hitCard(hit, settings, largest) {
-  const inUnit = hit.nats !== null;
-  const number = inUnit ? hit.nats : product(hit);
-  const digits = (inUnit ? number.toExponential(2) : number.toPrecision(4)).replaceAll("-", "\u2212");
-  const score = `${digits} ${inUnit ? settings.unit.name : settings.metric}`;
-  const bar = make("span");
-  bar.style.width = `${largest ? (100 * Math.abs(number)) / largest : 0}%`;
-  const text = hit.text === null
-    ? make("p", { class: "none" }, "text not shown: the corpus is gone, or has changed")
-    : make("p", { class: hit.text.length > LONG ? "text long" : "text" }, hit.text);
-  const place = `#/sample/${encodeURIComponent(settings.part)}/${hit.source_row}`;
-  return make("li", { class: "card hit" },
-    make("span", { class: "rank" }, whole(hit.rank)),
-    make("div", {},
-      make("div", { class: "line" },
-        make("span", { class: "score" }, score),
-        hit.bm25 === undefined ? null : make("span", { class: "hint" }, `hybrid ${hit.score.toPrecision(4)}, BM25 ${hit.bm25.toPrecision(4)}`),
-        make("a", { class: "id", href: place }, hit.id),
-        hit.domain === null ? null : make("span", { class: "domain" }, hit.domain)),
-      make("div", { class: number < 0 ? "bar down" : "bar", "aria-hidden": "true" }, bar),
-      text));
+async function addWords(place, asked, result, signal) {
+  place.replaceChildren(busy("Ranking by words …"));
+  try {
+    const { results, settings } = await request("/api/query", asked, signal);
+    if (signal.aborted) return;
+    const ranks = new Map((result.results[0]?.hits || []).map((hit) => [hit.source_row, hit.rank]));
+    place.replaceChildren(...results.flatMap(({ hits }) => ranking("By words alone (BM25)", hits, settings, ranks)));
+    if (!results.some(({ hits }) => hits.some((hit) => hit.bm25))) place.prepend(make("p", { class: "about" }, "No row shares a word with the question."));
+  } catch (error) {
+    if (!signal.aborted) place.replaceChildren(problem(error));
+  }
 }
 
-function ranking(title, hits, settings) {
-  if (!hits || !hits.length) return [];
-  const largest = Math.max(...hits.map((hit) => Math.abs(hit.nats === null ? product(hit) : hit.nats)));
-  return [make("h2", {}, title), make("ol", { class: "hits" }, ...hits.map((hit) => hitCard(hit, settings, largest)))];
-}
-
-function show(result) {
+function show(result, words, asked) {
   const { settings, explorer } = result;
   const blocks = [];
   const named = settings.metric === "cosine" ? "cosine" : "score";
-  for (const { hits, bottom } of result.results) {
+  const mixed = settings.lexical !== undefined;
+  const amount = (score) => (mixed ? score.toPrecision(3) : inWords(score * (settings.unit ? settings.unit.factor : 1), settings));
+  for (const each of result.results) {
+    const { hits, bottom } = each;
     if (!hits.length && !(bottom || []).length) blocks.push(make("p", { class: "empty" }, "No row has a score here. Try without a condition."));
+    const chart = charts(each, settings, amount, chooseDomain);
+    if (chart) blocks.push(chart);
     blocks.push(...ranking(`Highest ${named}`, hits, settings), ...ranking(`Lowest ${named}`, bottom, settings));
   }
   const matching = settings.rows_matching === undefined ? "" : `, ${whole(settings.rows_matching)} of them match the condition`;
@@ -149,40 +68,57 @@ function show(result) {
     make("p", { class: "about" }, about),
     explorer.unit ? make("p", { class: "about" }, explorer.unit) : "",
     ...explorer.notes.map((note) => make("p", { class: "about" }, `Note: ${note}`)),
-    ...blocks,
+    settings.tokens ? legend() : "",
+    make("div", { class: words ? "both two" : "both" }, make("section", { "aria-label": "Ranked by gradients" }, ...blocks), words),
     make("section", { class: "card again", "aria-label": "The same again" },
       make("h2", {}, "The same from a shell"),
       make("pre", { tabindex: "0" }, explorer.command),
       make("p", { class: "actions" }, copyButton("Copy command", () => explorer.command), copyButton("Copy link to this view", link)),
       fileNote),
+    basket(asked, settings),
   );
 }
 
 export async function openAsk(store, values) {
   const asked = values.has("text") || values.has("prompt") || values.has("completion");
-  if (values.toString() === shown) return; // back from another view: what is there still answers it
+  if (values.toString() === shown) { // back from another view: what is there still answers it
+    linkPicks();
+    return;
+  }
   shown = values.toString();
   fill(store, values);
-  byId("part").onchange = () => suggest(store);
+  takePicks(byId("part").value, values.get("picks"));
   if (!store.parts.length) {
     answer.replaceChildren(make("p", { class: "empty" }, "This store has no part yet: ghoststore build makes one."));
   } else if (asked) {
     await ask();
+    linkPicks();
   } else {
     answer.replaceChildren(make("p", { class: "empty" }, "The rows whose gradients point the same way appear here, best first."));
   }
 }
 
+// The link holds what is picked, too.
+function linkPicks() {
+  if (!answer.querySelector(".hit") || !location.hash.startsWith("#/ask")) return;
+  const values = new URLSearchParams(location.hash.split("?")[1] || "");
+  const rows = picksOf(byId("part").value);
+  if (rows) values.set("picks", rows);
+  else values.delete("picks");
+  shown = values.toString();
+  history.replaceState(null, "", `#/ask?${values}`);
+}
+addEventListener("picked", linkPicks);
 form.addEventListener("change", (event) => {
-  if (event.target.name === "kind") showKind();
+  if (["tokens", "words"].includes(event.target.id) && answer.querySelector(".hit")) form.requestSubmit();
 });
 form.addEventListener("submit", (event) => {
   event.preventDefault();
-  const fragment = `#/ask?${state()}`;
-  shown = state().toString();
+  const values = state();
+  const rows = picksOf(byId("part").value);
+  if (rows) values.set("picks", rows);
+  const fragment = `#/ask?${values}`;
+  shown = values.toString();
   if (location.hash !== fragment) history.pushState(null, "", fragment);
   ask();
-});
-form.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
 });

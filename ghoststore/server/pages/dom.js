@@ -30,7 +30,30 @@ export function copyButton(words, text) {
   return button;
 }
 
+// Control characters, and those that turn the direction of a text, as what they are: for words of our own around a text.
+export const visible = (text) => text.replace(/(?![\u200c\u200d])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, (character) => (
+  character === "\n" ? "↵" : character === "\t" ? "⇥" : `\\u{${character.codePointAt(0).toString(16)}}`));
+
 export const whole = (number) => number.toLocaleString("en");
+
+export const percent = (share) => (share === null ? "none" : `${(100 * share).toFixed(1)} %`);
+
+export function span(seconds) {
+  const units = [["s", 60], ["min", 60], ["h", 24], ["d", Infinity]];
+  for (const [unit, most] of units) {
+    if (seconds < most) return `${seconds < 10 && unit !== "s" ? seconds.toFixed(1) : Math.round(seconds)} ${unit}`;
+    seconds /= most;
+  }
+  return "";
+}
+
+// A table that can be scrolled by keys, where it is wider than its place. named: whether the first cell names its row.
+export function table(label, head, rows, named = false) {
+  const cells = (row) => row.map((cell, place) => (named && !place ? make("th", { scope: "row" }, cell) : make("td", {}, cell)));
+  return make("div", { class: "card scroll", tabindex: "0", role: "region", "aria-label": label }, make("table", {},
+    make("thead", {}, make("tr", {}, ...head.map((name) => (name ? make("th", { scope: "col" }, name) : make("td", {}))))),
+    make("tbody", {}, ...rows.map((row) => make("tr", {}, ...cells(row))))));
+}
 
 export function bytes(number) {
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];

@@ -1,12 +1,32 @@
-// The Store page: its parts and training runs.
+// The Store page: its parts and training runs, where they come from, and whether every byte is as it was written.
 
-import { byId, bytes, facts, make, whole } from "./dom.js";
+import { stream } from "./api.js";
+import { byId, bytes, facts, make, percent, problem, table, whole } from "./dom.js";
 
 const of = (done, all) => (done === all ? whole(done) : `${whole(done)} of ${whole(all)} committed`);
 const list = (words) => (words && words.length ? words.join(", ") : "none");
-const number = (value) => (value === null ? "none" : value.toPrecision(4));
+const number = (value) => (value === null || value === undefined ? "none" : value.toPrecision(4));
 const software = (versions) => Object.entries(versions).map(([name, version]) => `${name} ${version}`).join(", ");
-const counts = (table) => Object.entries(table).map(([name, count]) => `${whole(count)} ${name.replaceAll("_", " ")}`).join(", ");
+const counts = (table_) => Object.entries(table_).map(([name, count]) => `${whole(count)} ${name.replaceAll("_", " ")}`).join(", ");
+
+// What an index was found to recall when it was built, and what fidelity was measured: where they still fit the part.
+function indexWords(index) {
+  const recall = index.recall ? Object.entries(index.recall).map(([kind, at]) => `${Object.entries(at).map(([name, value]) => `recall@${name.replace("at_", "")} ${number(value)}`).join(", ")} for ${kind}s`) : [];
+  return [`${index.name} (${index.state})`, index.factory, ...recall].filter(Boolean).join("; ");
+}
+
+const print = (fingerprint) => (fingerprint && fingerprint.length > 24 ? `${fingerprint.slice(0, 23)}…` : fingerprint);
+
+function provenance(source) {
+  const { manifest } = source;
+  return [
+    ["checkpoint", manifest.source.checkpoint],
+    ["corpus", `${manifest.source.data || manifest.source.corpus || "in memory"} (${whole(manifest.corpus.samples || 0)} samples)`],
+    ["its fingerprint", print(manifest.corpus.fingerprint)],
+    ["tokenizer", manifest.tokenizer && print(manifest.tokenizer.fingerprint)],
+    ["made with", software(manifest.software)],
+  ];
+}
 
 function partCard(part) {
   const { manifest } = part;
@@ -24,28 +44,86 @@ function partCard(part) {
     ["metric", projection.precondition === "none" ? "plain gradients" : `preconditioned (${projection.precondition})`],
     ["projection", `${projection.kind}, seed ${projection.seed}`],
     ["layers", `${whole(manifest.layers.length)}, ${(100 * manifest.coverage.share).toFixed(1)} % of the parameters`],
-    ["checkpoint", manifest.source.checkpoint],
-    ["corpus", `${manifest.source.data} (${whole(manifest.corpus.samples)} samples)`],
-    ["indexes", list(part.indexes.map((index) => `${index.name} (${index.state})`))],
-    ["fidelity", list(part.fidelity.map((measured) => `${measured.metric || "measured"} (${measured.state})`))],
-    ["made with", software(manifest.software)],
-  ]));
+    ["indexes", part.indexes.length ? part.indexes.map(indexWords).join(". ") : "none: ghoststore index builds one"],
+    ["fidelity", part.fidelity.length ? part.fidelity.map(fidelityWords).join(". ") : "none: ghoststore fidelity measures it"],
+  ]), make("h4", {}, "Provenance"), facts(provenance(part)));
+}
+
+function fidelityWords(measured) {
+  const numbers = Object.entries(measured).filter(([, value]) => typeof value === "number").map(([name, value]) => `${name.replaceAll("_", " ")} ${number(value)}`);
+  return `${measured.metric || "measured"} (${measured.state})${numbers.length ? `: ${numbers.join(", ")}` : ""}`;
 }
 
 function runCard(run) {
-  return make("article", { class: "card" }, make("h3", {}, run.name), facts([
+  return make("article", { class: "card" }, make("h3", {}, make("a", { href: `#/runs/${encodeURIComponent(run.name)}` }, run.name)), facts([
     ["steps", of(run.committed, run.steps)],
     ["samples a step", `${whole(run.ranks)} × ${whole(run.batch)} (ranks × batch)`],
     ["rows", whole(run.rows)],
     ["train loss", number(run.train_loss)],
     ["val loss", number(run.val_loss)],
-    ["negative scores", run.negative === null ? "none" : `${(100 * run.negative).toFixed(1)} %`],
+    ["negative scores", percent(run.negative)],
     ["tokens", whole(run.tokens)],
     ["on disk", bytes(run.bytes)],
     ["domains", list(run.manifest.corpus.domains)],
     ["gradients", run.gradients ? `of ${whole(run.gradients.steps)} steps, ${run.gradients.dtype}` : "none kept"],
-    ["made with", software(run.manifest.software)],
-  ]));
+  ]), make("h4", {}, "Provenance"), facts(provenance(run)));
+}
+
+// Reads every byte of the store; Stop ends it, and so does leaving the page.
+let checking = null;
+
+function verifyCard(store) {
+  const said = make("div", { class: "verify", "aria-live": "polite" }, make("p", { class: "hint" }, "Compares every file with what was written. It reads the whole store."));
+  const button = make("button", { type: "button", class: "plain" }, "Verify");
+  if (checking) checking.abort();
+  checking = null;
+  button.addEventListener("click", async () => {
+    if (checking) {
+      checking.abort();
+      return;
+    }
+    checking = new AbortController();
+    const { signal } = checking;
+    button.textContent = "Stop";
+    const bar = make("progress", { "aria-label": "verified", max: 1, value: 0 });
+    const words = make("p", { class: "hint" }, "Reading …");
+    said.replaceChildren(make("p", {}, bar), words);
+    let ended = false;
+    try {
+      await stream("/api/verify/events", (kind, data) => {
+        if (kind === "progress") {
+          bar.max = data.total || 1;
+          bar.value = data.done;
+          words.textContent = `${data.what}: ${whole(data.done)} of ${whole(data.total)} ${data.unit}`;
+        } else {
+          ended = true;
+          said.replaceChildren(...(kind === "report" ? verdict(data) : [problem(data.error)]));
+        }
+      }, signal);
+      if (!ended) throw new Error("The server ended before all was read.");
+    } catch (error) {
+      said.replaceChildren(error.name === "AbortError" ? make("p", { class: "hint" }, "Stopped: not all was read.") : problem(error));
+    }
+    checking = null;
+    button.textContent = "Verify again";
+  });
+  const line = make("p", { class: "actions" }, button, make("code", { class: "hint" }, `ghoststore verify --store ${store.store}`));
+  return make("section", { class: "card", "aria-label": "Verify" }, said, line);
+}
+
+function verdict(report) {
+  const found = `${whole(report.files)} files, ${bytes(report.bytes)}`;
+  const others = [["leftovers", report.leftovers], ["files of others", report.unknown]].filter(([, files]) => files.length);
+  const blocks = [make("p", { class: report.sound ? "sound" : "problem" }, report.sound ? `Sound: ${found} are as they were written.` : `${whole(report.damage.length)} of ${found} are damaged.`)];
+  if (report.damage.length) {
+    blocks.push(table("Damage", ["part or run", "file", "problem"], report.damage.map((one) => [one.part || one.run || "the store", one.file, one.problem])));
+  }
+  for (const [name, files] of others) blocks.push(make("p", { class: "hint" }, `${whole(files.length)} ${name}: ${files.slice(0, 5).map((one) => one.file).join(", ")}${files.length > 5 ? ", …" : ""}`));
+  return blocks;
+}
+
+export function leaveStore() {
+  if (checking) checking.abort();
 }
 
 export function showStore(store) {
@@ -56,5 +134,6 @@ export function showStore(store) {
   byId("store").replaceChildren(
     ...group(`Parts (${store.parts.length})`, store.parts.map(partCard), "No part yet: ghoststore build makes one."),
     ...group(`Training runs (${store.runs.length})`, store.runs.map(runCard), "No training run: ghoststore train makes one."),
+    make("h2", {}, "Is it sound?"), verifyCard(store),
   );
 }

@@ -15,7 +15,7 @@ from ghoststore.errors import CaptureError, UsageError
 from indexer.dotprod.segments import Segments, packed_samples
 from tests.indexer.layers.test_families import made
 from tests.support.models import Example, bert_causal, examples, gpt2, llama, neox
-from tests.support.scoring import VAL, agree, causal_engine, check, exact_causal, val_batch
+from tests.support.scoring import VAL, agree, causal_engine, causal_step, check, exact_causal, val_batch
 
 SAMPLES = examples((9, 3, 11, 5, 2, 17), seed=3)
 
@@ -306,13 +306,88 @@ def test_gather_is_the_slow_obvious_one() -> None:
         assert not found[sample, len(rows) :].any()
 
 
-def test_modules_that_run_again_row_by_row_are_refused_by_name() -> None:
-    model = made("Mixtral")
-    batch = packed([[SAMPLES[0], SAMPLES[1]]])
-    with causal_engine(model) as engine, pytest.raises(UsageError, match="cannot be taken sample by sample") as error:
-        engine.prepare(2, segments=packed_samples(batch, 2))
-    named = str(error.value).rpartition("`exclude_layers=")[2].rstrip("`")
-    left_out = [name.strip(" '") for name in named.strip("[]").split(",")]
-    exact = exact_causal(model, SAMPLES[:2], VAL[:3]).only(lambda name: not name.startswith(tuple(left_out)))
-    with causal_engine(model, exclude_layers=left_out) as engine:
-        check(step(engine, model, batch, 2), exact)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["Mixtral", "DeepseekV3", "Qwen2Moe"])
+def test_modules_that_run_again(family: str, layout: str) -> None:
+    """Experts and routers, which see all rows on one axis; DeepSeek's projection has an axis of one head."""
+    rows, padding = LAYOUTS[layout]
+    order = [place for row in rows for place in row]
+    model = made(family)
+    exact = exact_causal(model, [SAMPLES[place] for place in order], VAL[:3])
+    batch = packed([[SAMPLES[place] for place in row] for row in rows], padding)
+    with causal_engine(model) as engine:
+        for _ in range(2):
+            check(step(engine, model, batch, len(order), factor=0.25), exact)
+            model.zero_grad()
+
+
+def test_a_mixture_that_looks_beyond_a_sample() -> None:
+    """gpt-oss makes its mask without `position_ids`."""
+    model, chosen = made("GptOss"), [SAMPLES[place] for place in (0, 2, 3)]
+    with causal_engine(model) as engine, pytest.raises(UsageError, match="with sample 1 of the batch alone"):
+        step(engine, model, packed([chosen]), 3)
+
+
+@pytest.mark.parametrize("compress", ["none", 64])
+def test_sketches_of_modules_that_run_again(compress: Any) -> None:
+    model, chosen = made("Mixtral"), [SAMPLES[place] for place in (0, 2, 3)]
+    settings = {"projection": ProjectionConfig(layers=("all",), compress=None if compress == "none" else compress)}
+    with causal_engine(model, **settings) as engine:
+        scores, expected = step(engine, model, packed([chosen]), 3), causal_step(engine, model, chosen)
+    agree(scores.total, expected.total)
+    torch.testing.assert_close(scores.vectors, expected.vectors, rtol=1e-4, atol=1e-6)
+
+
+class Turned(torch.nn.Module):
+    """A module that no formula knows; it gives its row with the positions last."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight).transpose(1, 2)
+
+
+@pytest.mark.parametrize("lengths", [(9, 3, 11), (9, 15)])
+def test_an_output_without_positions_where_they_are_expected(lengths: tuple[int, ...]) -> None:
+    """Also where the row is as long as the model is wide, so that the shape does not tell."""
+    chosen = examples(lengths, seed=5)
+
+    def turned() -> Any:
+        model = llama()
+        model.model.layers[0].mlp.turned = Turned(model.config.hidden_size)
+        model.model.layers[0].mlp.register_forward_hook(lambda mlp, args, y: mlp.turned(y).transpose(1, 2))
+        return model
+
+    model = turned()
+    assert model.config.hidden_size == 24
+    with (
+        causal_engine(model) as engine,
+        pytest.raises((UsageError, CaptureError), match=r"turned|Turned"),
+    ):
+        step(engine, model, packed([chosen]), len(chosen))
+    model.zero_grad()
+    with causal_engine(model, exclude_layers=["model.layers.0.mlp.turned"]) as engine:
+        scores = step(engine, model, packed([chosen]), len(chosen))
+    exact = exact_causal(model, chosen, VAL[:3]).only(lambda name: "turned" not in name)
+    agree(scores.total, exact.total().mean(1))
+
+
+class Neighbours(torch.nn.Module):
+    """A convolution along the row: it sees beyond a sample."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((width,), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight * x.roll(1, dims=1)
+
+
+def test_a_module_that_runs_again_and_sees_the_sample_before() -> None:
+    model, chosen = llama(), [SAMPLES[place] for place in (0, 2, 3)]
+    model.model.layers[0].mlp.beyond = Neighbours(model.config.hidden_size)
+    model.model.layers[0].mlp.register_forward_hook(lambda mlp, args, y: mlp.beyond(y))
+    with causal_engine(model) as engine, pytest.raises(UsageError, match=r"does not keep .* apart.*beyond"):
+        step(engine, model, packed([chosen]), 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from datasets import Dataset
 from transformers import GraniteConfig, GraniteForCausalLM, LlamaForCausalLM
 
 from ghoststore import GhostStoreCallback, GradDotProdEngine, ProjectionConfig
+from tests.indexer.layers.test_families import made
 from tests.support.loops import VAL, VAL_BATCH, close_to, identical, in_ranks, roughly, run_of, steps_of, weights_of
 from tests.support.models import VOCABULARY, gpt2, llama, next_token_loss_of, pad, settle
 from tests.support.oracle import gradients_of
@@ -59,6 +61,7 @@ FORMS: dict[str, tuple[Callable[..., Any], Callable[..., Dataset], dict[str, Any
     "padded padding-free": (still_gpt2, texts, {"padding_free": True, "max_length": None, "pad_to_multiple_of": 8}),
     "packing": (llama, texts, {"packing": True, "gradient_accumulation_steps": 2}),
     "packing, tied, bf16": (still_gpt2, texts, {"packing": True, "bf16": True}),
+    "packing, mixture": (partial(made, "Mixtral"), texts, {"packing": True, "router_aux_loss_coef": 0.0}),
     "packing, split": (llama, texts, {"packing": True, "packing_strategy": "bfd_split", "max_length": 8}),
     "packing, wrapped": (llama, texts, {"packing": True, "packing_strategy": "wrapped"}),
     "completions": (llama, completions, {}),

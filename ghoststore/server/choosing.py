@@ -1,0 +1,98 @@
+"""Rows to train on, from the explorer: what ``ghoststore select`` writes, in an answer."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self
+
+from ghoststore.errors import UsageError
+from ghoststore.progress import Progress
+from ghoststore.server.command_line import command_line
+from ghoststore.server.questions import check_rows
+from ghoststore.settings.question import SelectOptions
+from ghoststore.settings.serve import ServeOptions
+from ghoststore.shown import json_text
+from query.select.select import select
+
+QUESTION = (
+    "val_set",
+    "minus",
+    "part",
+    "group_field",
+    "combine",
+    "metric",
+    "where",
+    "layers",
+    "exclude_layers",
+    "lexical",
+    "phrase",
+    "max_samples",
+)
+HOW_MUCH = ("fraction", "count", "threshold", "threshold_nats", "token_budget")
+OFFERED = (*QUESTION, *HOW_MUCH, "quotas", "diversity", "diversity_weight", "candidates", "leaks", "order")
+"""Options of ``ghoststore.select`` that a request may have, beside ``source_rows`` and ``form``."""
+FORMS = ("jsonl", "parquet")
+MOST_BYTES = 64 << 20
+"""Of the rows in an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choosing:
+    """A request for rows: options of ``ghoststore.select``, and the form of the file."""
+
+    options: Mapping[str, Any]
+    form: str
+
+    @classmethod
+    def of(cls, request: Mapping[str, Any]) -> Self:
+        """``request``, checked. ``source_rows`` picks rows of the corpus by hand: all of them, and no others."""
+        given = {name: value for name, value in request.items() if value is not None}
+        picked, form = given.pop("source_rows", None), given.pop("form", FORMS[0])
+        for name in given:
+            if name not in OFFERED:
+                raise UsageError(
+                    f"choosing has no keyword {name!r} in the explorer; it has {', '.join(OFFERED)}, source_rows, form"
+                )
+        if form not in FORMS:
+            raise UsageError(f"`form` is one of {', '.join(FORMS)}, not {form!r:.40}")
+        options = check_rows(given)
+        if not isinstance(options.get("part", ""), str):
+            raise UsageError(f"`part` is the name of one part, not {options['part']!r:.80}")
+        return cls(options if picked is None else _by_hand(options, picked), form)
+
+
+def _by_hand(options: dict[str, Any], rows: Any) -> dict[str, Any]:
+    """``options`` for the rows of the corpus ``rows`` alone."""
+    if not isinstance(rows, list) or not rows or not all(type(row) is int and 0 <= row < 1 << 62 for row in rows):
+        raise UsageError(f"`source_rows` is a list of rows of the corpus, counted from 0, not {rows!r:.80}")
+    if clash := [name for name in (*HOW_MUCH, "quotas", "diversity", "where", "leaks") if name in options]:
+        raise UsageError(f"`source_rows` says which rows there are, and so does `{clash[0]}`: give one of them")
+    wanted = ", ".join(map(str, sorted(set(rows))))
+    return {**options, "where": f"source_row IN ({wanted})", "fraction": 1.0, "leaks": "keep"}
+
+
+def choose(options: ServeOptions, chosen: Choosing, progress: Progress) -> bytes:
+    """JSON: the ``report`` of ``ghoststore.select``, its ``files`` (``name`` and ``base64``), notes and command line.
+
+    The files are those that it writes: rows, and the list of the rows. Raises what it raises, and UsageError where the
+    rows have more than 64 MiB.
+    """
+    out = f"chosen.{chosen.form}"
+    served = {name: getattr(options, name) for name in ("store", "checkpoint", "base", "tokenizer", "data", "device")}
+    with TemporaryDirectory(prefix="ghoststore-") as folder:
+        report = select(**{**served, **chosen.options}, out=Path(folder, out), progress=progress)
+        files = [Path(report.out), Path(report.rows_file)]
+        if sum(file.stat().st_size for file in files) > MOST_BYTES:
+            raise UsageError(
+                f"the {report.samples:,} rows have more than {MOST_BYTES >> 20} MiB: choose fewer, or write them from "
+                f"a shell: {command_line(options, {**chosen.options, 'out': out}, SelectOptions)}"
+            )
+        contents = [{"name": file.name, "base64": b64encode(file.read_bytes()).decode()} for file in files]
+    shown = {**report.to_json(), "out": out, "report": f"{out}.report.json", "rows_file": files[1].name}
+    command = command_line(options, {**chosen.options, "out": out}, SelectOptions)
+    notes = getattr(progress, "notes", [])
+    return json_text({"report": shown, "files": contents, "explorer": {"command": command, "notes": notes}}).encode()

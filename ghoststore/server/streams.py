@@ -1,0 +1,53 @@
+"""Answers that grow while they are read: server-sent events, for `fetch` and for programs."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.responses import Response, StreamingResponse
+
+from ghoststore.errors import BusyError, GhostStoreError
+from ghoststore.server.problems import description
+from ghoststore.shown import json_text
+
+MOST_STREAMS = 16
+"""Streams at once: each holds a connection, and the sums of a run."""
+LOOKS = 0.1
+"""Seconds between two looks whether the server ends."""
+Event = tuple[str, dict[str, Any]]
+"""Its name and its data."""
+
+
+class Streams:
+    """The streams of a server. ``ended`` is set when it ends: they end, too."""
+
+    def __init__(self, ended: threading.Event) -> None:
+        self.ended = ended
+        self._open = 0
+
+    def response(self, events: AsyncIterator[Event]) -> Response:
+        """A response of ``events``, closed when its reader goes. BusyError if too many are open."""
+        if self._open >= MOST_STREAMS:
+            raise BusyError(f"{self._open} streams are open already: close a page that watches a run")
+        return StreamingResponse(self._written(events), media_type="text/event-stream; charset=utf-8")
+
+    async def pause(self, seconds: float) -> None:
+        """Wait so long, or until the server ends."""
+        for _ in range(max(1, round(seconds / LOOKS))):
+            if self.ended.is_set():
+                return
+            await asyncio.sleep(LOOKS)
+
+    async def _written(self, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
+        self._open += 1  # not before: of a reader that has gone already this never begins
+        try:
+            async for name, data in events:
+                yield f"event: {name}\ndata: {json_text(data)}\n\n".encode()
+        except GhostStoreError as error:  # the status has gone out already
+            yield f"event: problem\ndata: {json_text(description(error))}\n\n".encode()
+        finally:
+            self._open -= 1
+            await events.aclose()  # type: ignore[attr-defined]
