@@ -23,7 +23,8 @@ from ghoststore import Part, Store
 from query.ann.index import AnnIndex
 from query.ann.recall import recall_of
 from query.search.part_score import Metric, Term
-from query.search.search import Ranking, search
+from query.search.search import search
+from query.search.top_k import Ranking
 from query.search.vectors import PartVectors
 
 QUERIES = 64

@@ -26,7 +26,8 @@ from query.ask.question import Grouping
 from query.ask.rerank import rerank
 from query.common.rank_correlation import spearman
 from query.search.part_score import Term
-from query.search.search import Ranking, search
+from query.search.search import search
+from query.search.top_k import Ranking
 from query.search.vectors import PartVectors
 
 EXACT = "float32"

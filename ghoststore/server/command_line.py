@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ghoststore.settings.flags import entries_of, flag_words
-from ghoststore.settings.question import QueryOptions, QuotaOption, SelectOptions
+from ghoststore.settings.question import QueryOptions, SelectOptions
 from ghoststore.settings.serve import ServeOptions
 from ghoststore.settings.shared import in_memory
 from ghoststore.shown import json_text
@@ -36,8 +36,7 @@ def command_line(options: ServeOptions, question: Mapping[str, Any], kind: type 
     words = ["ghoststore", "select" if kind is SelectOptions else "query"]
     if isinstance(quotas := given.get("quotas"), Mapping):
         del given["quotas"]
-        (entry,) = entries_of(QuotaOption)
-        words += flag_words(entry, [f"{domain}={quota}" for domain, quota in quotas.items()])
+        words += [word for domain, quota in quotas.items() for word in ("--quota", f"{domain}={quota}")]
     for entry in entries_of(kind):
         name = entry.spec.name
         if len(entry.path) > 1 or name not in given or given[name] in (None, entry.spec.default):

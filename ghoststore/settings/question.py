@@ -13,6 +13,7 @@ from ghoststore.settings.shared import (
     Checkpoint,
     Data,
     DeviceOption,
+    EngineOptions,
     FieldsOption,
     LayersOptions,
     MetricOption,
@@ -235,7 +236,7 @@ class RerankOptions:
 
 
 @options
-class QueryOptions(ProgressOption, RankingOptions, RerankOptions, RunGradientsOptions, QuestionOptions):
+class QueryOptions(ProgressOption, RankingOptions, EngineOptions, RerankOptions, RunGradientsOptions, QuestionOptions):
     """Options of ``ghoststore query``."""
 
     near: int | None = option(
@@ -285,7 +286,7 @@ class QueryOptions(ProgressOption, RankingOptions, RerankOptions, RunGradientsOp
 
 
 @options
-class OpenOptions(ProgressOption, RebuiltOptions):
+class OpenOptions(ProgressOption, EngineOptions, RebuiltOptions):
     """Options of ``ghoststore.open``."""
 
     store: str | Path = field(kw_only=False, metadata=about(STORE, "Input"))

@@ -2,29 +2,28 @@
 
 The pass estimates the second moments of both sides of gradients. For the output side P_in is drawn and the output axis
 is not projected: each sample gives Y = G P_inᵀ, and E[Y Yᵀ] equals E[G Gᵀ] up to noise. For the input side the axes are
-swapped. One backward pass gives both. Neither matrix is ever formed: a Nyström approximation gives its leading
-eigenvectors from its products with a few random directions (Tropp et al. 2017, "Fixed-rank approximation of a
-positive-semidefinite matrix from streaming data").
+swapped. One backward pass gives both, and each block goes into its sums as soon as it is made, so that a batch is as
+large as a build's and memory holds the block of one layer: see :mod:`indexer.build.leading`.
 
 How much energy a preconditioned block has follows from the factors. That of other blocks takes a second pass.
 
-Legend: B samples of a batch, K, J the ranks of a block, n an axis of a gradient matrix, m its random directions.
+Legend: B samples of a batch, K, J the ranks of a block, n an axis of a gradient matrix.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ghoststore.errors import CorpusError, LayerError
-from ghoststore.progress import Progress
+from ghoststore.progress import Progress, Task
 from ghoststore.settings.projection import LEARNED
+from indexer.build.leading import Leading, leading_bytes
 from indexer.encode.batching import batches_of
 from indexer.encode.encoder import RowEncoder
 from indexer.encode.losses import Reduction
@@ -37,54 +36,17 @@ from indexer.projection.kfac import KroneckerPreconditioner, MomentFactor, direc
 from indexer.projection.matrices import Projection, drawn_sides
 from indexer.projection.plan import BlockPlan, ProjectionPlan
 
-OVERSAMPLING = 3
-"""Number of random directions for each wanted eigenvector."""
-LEAST_DIRECTIONS = 64
-"""Least number of random directions, for the case of few eigenvectors and a slowly falling spectrum."""
-DRAWN_RANK = 64
+DRAWN_RANK = 32
 """Rank of the side that is drawn while the other one is learned."""
-ROUNDING = 2.0**-20
-"""Eigenvalues below this share of the largest are rounding errors of float32 sums."""
+WHOLE = 64
+"""Longest axis that is left as it is where another side would be drawn."""
+LOTS = 8
+"""Lots that the rows are dealt into, each with drawn sides of its own: what one draw misses, others see. Lots do not
+depend on batches, so that what is learned depends on the rows alone."""
 BYTES_AT_ONCE = 64 << 20
-"""Most bytes of the blocks of a batch."""
-
-
-class Leading:
-    """The ``k`` leading eigenvectors of the mean of terms Y Yᵀ that are added one by one. Memory: n × m numbers."""
-
-    def __init__(self, key: str, n: int, k: int, device: torch.device) -> None:
-        self.k = k
-        m = _random_directions(n, k)
-        drawn = torch.eye(n) if m == n else torch.linalg.qr(torch.from_numpy(draws.gaussian(key, m, n)).t()).Q
-        self._directions = drawn.contiguous().to(device)
-        self._products = torch.zeros(n, m, device=device)
-        self._trace = torch.zeros((), dtype=torch.float64, device=device)
-        self._terms = 0
-
-    def add(self, y_NC: Tensor, terms: int) -> None:
-        """Add ``terms`` terms at once: the columns of their Y side by side, (n, columns)."""
-        self._products += y_NC @ (y_NC.t() @ self._directions)
-        self._trace += y_NC.double().square().sum()
-        self._terms += terms
-
-    def factor(self) -> MomentFactor:
-        """The k largest eigenvalues and their eigenvectors. The sign of a vector makes its largest number positive.
-
-        ValueError if the mean is zero or not finite.
-        """
-        products, directions = self._products.double().cpu() / self._terms, self._directions.double().cpu()
-        trace, size = float(self._trace) / self._terms, float(products.norm())
-        if not (0 < size < math.inf and 0 < trace < math.inf):
-            raise ValueError("the gradients are zero or not finite")
-        core = directions.t() @ products
-        inner, turn = torch.linalg.eigh((core + core.t()) / 2)
-        half = products @ turn * torch.where(inner > ROUNDING * inner[-1], inner.rsqrt(), 0.0)
-        left, singular, _ = torch.linalg.svd(half, full_matrices=False)
-        rows, values = left[:, : self.k].t(), singular[: self.k].square()
-        signs = rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
-        outside = len(left) - self.k
-        rest = max(0.0, trace - float(values.sum())) / outside if outside else 0.0
-        return MomentFactor((rows * signs).float().contiguous(), values.float(), rest)
+"""Most bytes of the blocks of a batch in one layer."""
+KEPT_AT_ONCE = 4
+"""Most bytes of the inputs of all layers, which the backward pass needs whole, in :data:`BYTES_AT_ONCE`."""
 
 
 def calibrate(
@@ -131,6 +93,15 @@ def calibrate(
         energies = run.energies(learned, alike=not concentrated)
         learned = replace(learned, shares=share_out(energies, plan.compress, keep=concentrated))
     return replace(learned, samples=run.finite)
+
+
+class _Sum(Protocol):
+    """What the blocks (B, K, J) of a layer are added to."""
+
+    def add(self, block_BKJ: Tensor) -> None: ...
+
+
+_S = TypeVar("_S", bound=_Sum)
 
 
 @dataclass(kw_only=True)
@@ -185,77 +156,104 @@ class _Passes:
                 )
                 for layer in self.plan.layers
             ]
-        sides = {}
-        for layer in self.plan.layers:
+        sides, layers = {}, self.plan.layers
+        for layer in layers:
             name = layer.block.name
             pair = drawn_sides(self.plan.config, layer) if learned.sides is None else learned.sides[name]
             if self.scales is not None:
                 pair = (pair[0] * self.scales[name].scale_in, pair[1] * self.scales[name].scale_out)
             sides[name] = pair
-        sums = [torch.zeros(layer.stop - layer.start, dtype=torch.float64) for layer in self.plan.layers]
-        for blocks in self._blocks(Projection.with_sides(self.plan, sides)):
-            for total, block_BKJ in zip(sums, blocks, strict=True):
-                total += block_BKJ.flatten(1).double().square().sum(0).cpu()
-        means = [total / self.finite for total in sums]
+        sums = self._summed(
+            lambda lot: [Projection.with_sides(self.plan, sides)],
+            lambda: [_Energy(torch.zeros(x.stop - x.start, dtype=torch.float64, device=self.device)) for x in layers],
+        )
+        means = [energy.sums.cpu() / self.finite for energy in sums]
         return [torch.full_like(mean, float(mean.mean())) for mean in means] if alike else means
 
     def _factors(self) -> tuple[dict[str, MomentFactor], dict[str, MomentFactor]]:
         """The factors of E[Gᵀ G] and of E[G Gᵀ], by block name."""
-        layers, device = self.plan.layers, self.device
-        sums: dict[str, list[Leading]] = {"in": [], "out": []}
-        for layer in layers:
-            for axis, n, k in (("in", layer.block.n_in, layer.k_in), ("out", layer.block.n_out, layer.k_out)):
-                most = _eigenvectors(self.plan, n, k)
-                sums[axis].append(Leading(_key(layer, f"directions {axis}"), n, most, device))
-        out_whole = Projection.with_sides(self.plan, {x.block.name: (self._drawn(x, "in"), None) for x in layers})
-        in_whole = Projection.with_sides(self.plan, {x.block.name: (None, self._drawn(x, "out")) for x in layers})
-        for blocks in self._blocks(out_whole, in_whole):
-            for axis, of_axis in (("out", blocks[: len(layers)]), ("in", blocks[len(layers) :])):
-                for layer, total, block_BKJ in zip(layers, sums[axis], of_axis, strict=True):
-                    total.add(self._unfolded(layer, axis, block_BKJ), len(block_BKJ))
+        layers = self.plan.layers
+
+        def drawn(lot: int) -> list[Projection]:
+            pairs = {x.block.name: (self._drawn(x, "in", lot), self._drawn(x, "out", lot)) for x in layers}
+            return [
+                Projection.with_sides(self.plan, {name: (p_in, None) for name, (p_in, _) in pairs.items()}),
+                Projection.with_sides(self.plan, {name: (None, p_out) for name, (_, p_out) in pairs.items()}),
+            ]
+
+        sums = self._summed(
+            drawn, lambda: [self._moment(layer, axis) for axis in ("out", "in") for layer in layers], lots=LOTS
+        )
+        of_axis = {"out": sums[: len(layers)], "in": sums[len(layers) :]}
         factors: dict[str, dict[str, MomentFactor]] = {"in": {}, "out": {}}
         with closing(self.progress.task("eigenvectors of layers", len(layers), unit="layers")) as task:
             for place, layer in enumerate(layers):
                 for axis in factors:
                     try:
-                        factors[axis][layer.block.name] = sums[axis][place].factor()
+                        factors[axis][layer.block.name] = of_axis[axis][place].leading.factor()
                     except (ValueError, RuntimeError) as error:
                         raise _nothing_to_learn(layer.block.name, str(error)) from error
                 task.advance(1)
         return factors["in"], factors["out"]
 
-    def _drawn(self, layer: BlockPlan, axis: str) -> Tensor | None:
+    def _drawn(self, layer: BlockPlan, axis: str, lot: int) -> Tensor | None:
         """The scaled random side for ``axis`` while the other one is learned; None leaves the axis as it is."""
         n = layer.block.n_in if axis == "in" else layer.block.n_out
-        if n <= DRAWN_RANK and self.scales is None:
+        whole = n <= WHOLE
+        if whole and self.scales is None:
             return None
-        exact = n <= DRAWN_RANK
-        key = _key(layer, f"learning {axis}")
-        side = torch.eye(n) if exact else torch.from_numpy(draws.gaussian(key, DRAWN_RANK, n))
+        key = _key(layer, f"learning {axis} {lot}")
+        side = torch.eye(n) if whole else torch.from_numpy(draws.gaussian(key, DRAWN_RANK, n))
         if self.scales is None:
             return side
         pair = self.scales[layer.block.name]
         return side * (pair.scale_in if axis == "in" else pair.scale_out)
 
-    def _unfolded(self, layer: BlockPlan, axis: str, block_BKJ: Tensor) -> Tensor:
-        """(n, columns): the blocks with the axis to learn first, multiplied by its scales, and all other axes as
-        columns.
-        """
-        matrix = (block_BKJ.permute(1, 0, 2) if axis == "out" else block_BKJ.permute(2, 0, 1)).flatten(1)
+    def _moment(self, layer: BlockPlan, axis: str) -> _Moment:
+        """The sum of a layer's blocks for ``axis``, with nothing in it."""
+        block, device = layer.block, self.device
+        n, k = (block.n_in, layer.k_in) if axis == "in" else (block.n_out, layer.k_out)
+        leading = Leading(_key(layer, f"directions {axis}"), n, _eigenvectors(self.plan, n, k), device)
         if self.scales is None:
-            return matrix
-        pair = self.scales[layer.block.name]
-        scale = pair.scale_out if axis == "out" else pair.scale_in
-        return matrix * scale.to(matrix.device).unsqueeze(1)
+            return _Moment(leading, axis, None)
+        pair = self.scales[block.name]
+        return _Moment(leading, axis, (pair.scale_in if axis == "in" else pair.scale_out).to(device).unsqueeze(1))
 
-    def _blocks(self, *projections: Projection) -> Iterator[list[Tensor]]:
-        """Blocks (B, K, J) of all layers for each batch, of one projection or of two, without rows that are not
-        finite.
+    def _summed(
+        self, projections_of: Callable[[int], Sequence[Projection]], empty: Callable[[], list[_S]], *, lots: int = 1
+    ) -> list[_S]:
+        """The sums of the blocks, one for each layer of the projections of a lot, over all rows that are finite.
+
+        That a row is not finite is known when its other blocks have been added: all begins again without it.
+        """
+        odd, not_finite_layer = set[int](), ""
+        while len(odd) < len(self.rows):
+            sums, more = empty(), set[int]()
+            task = self.progress.task("learning the projection", len(self.rows) - len(odd))
+            with closing(task):
+                for lot in range(min(lots, len(self.rows))):
+                    places = [place for place in range(lot, len(self.rows), lots) if place not in odd]
+                    if places:
+                        bad, layer = self._pass(places, projections_of(lot), sums, task)
+                        more |= bad
+                        not_finite_layer = layer or not_finite_layer
+            odd |= more
+            if not more:
+                self.finite = len(self.rows) - len(odd)
+                return sums
+        name = not_finite_layer or self.plan.layers[0].block.name
+        raise _nothing_to_learn(name, "the gradients are not finite")
+
+    def _pass(
+        self, lot: Sequence[int], projections: Sequence[Projection], sums: Sequence[_Sum], task: Task
+    ) -> tuple[set[int], str]:
+        """Adds the blocks of the rows at the places ``lot``; (those of them that are not finite, the name of a layer
+        where one is not).
         """
         layers = [layer for projection in projections for layer in projection.plan.layers]
-        sizes = [layer.stop - layer.start for layer in layers]
-        most = max(1, BYTES_AT_ONCE // (4 * sum(sizes)))
-        self.finite, not_finite_layer = 0, ""
+        most = max(1, BYTES_AT_ONCE // (4 * max(layer.stop - layer.start for layer in layers)))
+        kept = 4 * sum(layer.block.n_in for layer in layers if layer.k_in == layer.block.n_in)
+        batch_tokens = min(self.batch_tokens, max(1, KEPT_AT_ONCE * BYTES_AT_ONCE // max(1, kept)))
         encoder = RowEncoder(
             self.model,
             projections[0],
@@ -263,32 +261,50 @@ class _Passes:
             checkpointing=self.checkpointing,
             beside=projections[1] if len(projections) > 1 else None,
         )
-        task = self.progress.task("learning the projection", len(self.rows))
-        with closing(task), encoder:
-            for batch in batches_of(self.rows, self.batch_tokens, padding=self.padding):
+        odd, not_finite_layer, finite_of = set[int](), "", dict[int, Tensor]()
+
+        def take(place: int, block_BKJ: Tensor) -> None:
+            finite_of[place] = block_BKJ.sum((1, 2)).isfinite()
+            sums[place].add(block_BKJ)
+
+        with encoder:
+            for batch in batches_of([self.rows[place] for place in lot], batch_tokens, padding=self.padding):
                 for start in range(0, len(batch), most):
-                    batch_rows = [self.rows[place] for place in batch[start : start + most]]
-                    vectors, losses = encoder(batch_rows)
-                    blocks = torch.split(vectors, sizes, dim=1)
-                    finite = vectors.isfinite().all(1) & losses.isfinite()
+                    places = [lot[index] for index in batch[start : start + most]]
+                    losses = encoder.hand_over([self.rows[place] for place in places], take)
+                    finite = torch.stack([*finite_of.values(), losses.isfinite()])
                     if not bool(finite.all()):
-                        not_finite_layer = next(
-                            (
-                                layer.block.name
-                                for layer, block in zip(layers, blocks, strict=True)
-                                if not bool(block.isfinite().all())
-                            ),
-                            not_finite_layer,
-                        )
-                        blocks = torch.split(vectors[finite], sizes, dim=1)
-                    self.finite += len(blocks[0])
-                    yield [
-                        block.view(len(block), layer.k_out, layer.k_in)
-                        for layer, block in zip(layers, blocks, strict=True)
-                    ]
-                    task.advance(len(batch_rows), sum(row.length for row in batch_rows))
-        if not self.finite:
-            raise _nothing_to_learn(not_finite_layer or layers[0].block.name, "the gradients are not finite")
+                        odd |= {place for place, good in zip(places, finite.all(0).tolist(), strict=True) if not good}
+                        bad = [place for place, good in finite_of.items() if not bool(good.all())]
+                        not_finite_layer = layers[min(bad)].block.name if bad else not_finite_layer
+                    task.advance(len(places), sum(self.rows[place].length for place in places))
+        return odd, not_finite_layer
+
+
+@dataclass(slots=True)
+class _Energy:
+    """The sum of the squares of each number of blocks."""
+
+    sums: Tensor
+    """(K · J,) float64."""
+
+    def add(self, block_BKJ: Tensor) -> None:
+        self.sums += block_BKJ.flatten(1).double().square().sum(0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """The second moment of one axis of a layer."""
+
+    leading: Leading
+    axis: str
+    scale_N1: Tensor | None
+    """What the axis is multiplied by."""
+
+    def add(self, block_BKJ: Tensor) -> None:
+        # The axis to learn first, all others as columns.
+        y_NC = (block_BKJ.permute(1, 0, 2) if self.axis == "out" else block_BKJ.permute(2, 0, 1)).flatten(1)
+        self.leading.add(y_NC if self.scale_N1 is None else y_NC * self.scale_N1, len(block_BKJ))
 
 
 def _eigenvectors(plan: ProjectionPlan, n: int, k: int) -> int:
@@ -296,20 +312,15 @@ def _eigenvectors(plan: ProjectionPlan, n: int, k: int) -> int:
     return max(k if plan.config.kind == LEARNED else 1, directions(n) if plan.config.preconditioned else 1)
 
 
-def _random_directions(n: int, k: int) -> int:
-    """m for k eigenvectors of an axis of length n."""
-    return min(n, max(OVERSAMPLING * k, LEAST_DIRECTIONS))
-
-
 def learning_bytes(plan: ProjectionPlan) -> int:
-    """Estimate of the bytes that learning takes beside the model: random directions and their products, for both
-    sides, and three times the blocks of a batch.
+    """Estimate of the bytes that learning takes beside the model: the sums of both sides, three times the blocks of a
+    batch in one layer, and the inputs of all layers.
     """
     if not plan.calibrated:
         return 0
     axes = [pair for shape in plan.shapes for pair in ((shape.n_out, shape.k_out), (shape.n_in, shape.k_in))]
-    sides = sum(2 * 4 * n * _random_directions(n, _eigenvectors(plan, n, k)) for n, k in axes)
-    return sides * plan.config.learns_sides + 3 * BYTES_AT_ONCE
+    sums = sum(leading_bytes(n, _eigenvectors(plan, n, k)) for n, k in axes)
+    return sums * plan.config.learns_sides + (3 + KEPT_AT_ONCE) * BYTES_AT_ONCE
 
 
 def _key(layer: BlockPlan, purpose: str) -> str:

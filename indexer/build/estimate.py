@@ -15,8 +15,8 @@ from indexer.projection.matrices import Projection, drawn_sides
 
 ROWS = 64
 """Most rows that are looked at."""
-LEARNING = 1.7
-"""Learning ÷ building as many rows: 1.66 of GPT-2 Small by 64 rows of 128 tokens, of which 0.18 are eigenvectors."""
+LEARNING = 1.3
+"""Learning ÷ building as many rows: 1.26 of GPT-2 Small by 64 rows of 128 tokens; see docs/design/0012."""
 
 
 def estimated_seconds(job: BuildJob) -> dict[str, float]:

@@ -5,7 +5,7 @@ Legend: B rows of a batch, T tokens of the longest, D numbers of a vector.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -61,7 +61,7 @@ class RowEncoder:
         self.beside = (
             None if beside is None else GradProjLoraEngine(model, projection=beside, check=False, find_uses=find_uses)
         )
-        """Of a second projection, whose vectors stand behind those of the first."""
+        """Of a second projection: :meth:`hand_over` gives its blocks after those of the first."""
         self.device = next(model.parameters()).device
         self._extra = forward_options(self.engine.model)
         self._checkpointing = checkpointing
@@ -112,15 +112,25 @@ class RowEncoder:
 
     def __call__(self, rows: Sequence[Row]) -> Encoded:
         """Vectors and losses of ``rows``, which must all be usable, in one batch padded on the right."""
+        losses = self._losses(rows)
+        return Encoded(self.engine.collect(losses), losses.detach())
+
+    def hand_over(self, rows: Sequence[Row], take: Callable[[int, Tensor], None]) -> Tensor:
+        """(B,): the losses of ``rows``, whose blocks ``take(place, block)`` gets one by one: see
+        :meth:`GradProjLoraEngine.hand_over`.
+        """
+        losses = self._losses(rows)
+        self.engine.hand_over(losses, take, self.beside)
+        return losses.detach()
+
+    def _losses(self, rows: Sequence[Row]) -> Tensor:
+        """(B,): the losses of ``rows``, with their graph."""
         inputs, labels = inputs_of(rows, self.device)
         self.engine.prepare(len(rows))
         if self.beside is not None:
             self.beside.prepare(len(rows))
         logits = self.model(**inputs, **self._extra).logits
-        losses, _ = next_token_losses(logits, labels, reduction=self.reduction)
-        del logits
-        vectors = self.engine.collect(losses, self.beside)
-        return Encoded(vectors, losses.detach())
+        return next_token_losses(logits, labels, reduction=self.reduction)[0]
 
 
 def encode_rows(encoder: RowEncoder, rows: Sequence[Row], batch_tokens: int, task: Task) -> Encoded:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -199,16 +200,34 @@ class GradProjLoraEngine:
             for layer in self.projection.plan.layers
         }
 
-    def collect(self, losses_B: Tensor, beside: GradProjLoraEngine | None = None) -> Tensor:
+    def collect(self, losses_B: Tensor) -> Tensor:
         """(B, D) float32: the vectors of the prepared batch, from each sample's own loss.
 
-        ``losses_B[i]`` must depend only on sample i. Call it once after each :meth:`prepare`. Of an engine ``beside``,
-        which is attached to the same model and was prepared for the same pass, the vectors stand behind the own ones;
-        one backward pass gives both.
+        ``losses_B[i]`` must depend only on sample i. Call it once after each :meth:`prepare`.
 
         Raises CaptureError if the backward pass did not reach a branch, or if a check finds that a layer mixes samples;
         no result of the batch may be used then. UsageError if the batch was collected already.
         """
+        return self.projection.assemble(self._reached(losses_B, None))
+
+    def hand_over(
+        self, losses_B: Tensor, take: Callable[[int, Tensor], None], beside: GradProjLoraEngine | None = None
+    ) -> None:
+        """As :meth:`collect`, but ``take(place, block)`` gets the block (B, k_out, k_in) of each layer as soon as the
+        backward pass has made it, and nothing else keeps it: no more than one of them is in memory.
+
+        ``place`` counts the layers in the order of the plan. Those of an engine ``beside``, which is attached to the
+        same model and was prepared for the same pass, come after the own ones; one backward pass gives both. Only for
+        an engine with ``check=False``, since a check needs the blocks of a second pass.
+        """
+        assert not self._checks
+        leaves = [*self._leaves_in_order(), *([] if beside is None else beside._leaves_in_order())]
+        for place, leaf in enumerate(leaves):
+            leaf.register_hook(partial(_handed, take, place))  # type: ignore[no-untyped-call]
+        self._reached(losses_B, beside)
+
+    def _reached(self, losses_B: Tensor, beside: GradProjLoraEngine | None) -> list[Tensor]:
+        """The blocks of all layers, those of ``beside`` behind the own ones."""
         if losses_B.shape != (self._batch,):
             raise CaptureError(
                 f"losses have shape {tuple(losses_B.shape)}; one each for {self._batch} samples is needed"
@@ -266,11 +285,7 @@ class GradProjLoraEngine:
                 "use_reentrant=False",
                 unreached,
             )
-        reached = [block for block in blocks if block is not None]
-        vectors = self.projection.assemble(reached[: len(leaves)])
-        if beside is None:
-            return vectors
-        return torch.cat([vectors, beside.projection.assemble(reached[len(leaves) :])], dim=1)
+        return [block for block in blocks if block is not None]
 
     def _ran_by_another_name(self, layer: BlockPlan) -> bool:
         return any(use.module in self._ran for use in layer.block.uses)
@@ -416,6 +431,12 @@ class GradProjLoraEngine:
             return seen.back((seen if self._witness is None else self._witness.tap(use.module, seen)).outputs)
 
         return hook
+
+
+def _handed(take: Callable[[int, Tensor], None], place: int, block_BKJ: Tensor) -> Tensor:
+    """Give a block away, and let zeros that take no memory stand for it."""
+    take(place, block_BKJ)
+    return block_BKJ.new_zeros(()).expand_as(block_BKJ)
 
 
 def _is_power(batches: int) -> bool:

@@ -16,7 +16,8 @@ from ghoststore.software import versions_of
 from ghoststore.store import Store
 from ghoststore.store.base.manifest import RUN, Manifest, refuse_differences
 from ghoststore.store.base.names import check_name
-from ghoststore.store.base.object_path import refuse_objects
+from ghoststore.store.base.object_folders import is_there
+from ghoststore.store.base.object_path import location
 from ghoststore.store.run.layout import RunLayout
 from ghoststore.store.run.rows import RowTable
 from ghoststore.store.run.run import Run, create_run
@@ -48,9 +49,8 @@ class RunPlan:
         """The run, and whether it is new. MismatchError if it is there with other settings, CorruptError if it is
         damaged as far as records and sizes of files tell.
         """
-        refuse_training_there(self.store)
         path = Store.create(self.store).run_path(check_name(self.name))
-        new = not path.exists()
+        new = not is_there(path)
         if new:
             manifest = self.manifest
         else:
@@ -61,9 +61,8 @@ class RunPlan:
 
     def refuse_other(self) -> None:
         """MismatchError if the run is there with other settings. Writes nothing."""
-        refuse_training_there(self.store)
-        path = Path(self.store) / "runs" / check_name(self.name)
-        if path.exists():
+        path = location(self.store) / "runs" / check_name(self.name)
+        if is_there(path):
             stored = Run(path).manifest
             wanted = json.loads(json.dumps(self._in_words_of(stored)))
             refuse_differences(stored, wanted, f"run {self.name!r} of {self.store}", RUN)
@@ -77,17 +76,6 @@ class RunPlan:
             return manifest
         config = agreed_config(stored["model"].get("config"), self.config, training=True)
         return {**manifest, "model": {**manifest["model"], "config": config}}
-
-
-def refuse_training_there(store: str | Path) -> None:
-    """UsageError for a store in object storage: the journal of a run is appended to, which objects cannot be."""
-    refuse_objects(
-        store,
-        "store",
-        "training",
-        "give a local store, and copy the run when the training has ended: `ghoststore cp --store LOCAL --run NAME "
-        f"--to-store {store}`",
-    )
 
 
 def run_manifest(sections: Mapping[str, Any], layout: RunLayout, *packages: str) -> Manifest:

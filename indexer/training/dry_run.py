@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ghoststore.store.base.manifest import Manifest
+from ghoststore.store.base.object_path import location
 from ghoststore.store.run.layout import RunLayout
 from indexer.dotprod import GradDotProdEngine
 from indexer.session.run_plan import RunPlan
@@ -91,7 +92,7 @@ def plan_of(prepared: Prepared, data: str, output_dir: Path, log_folders: list[s
     weights = sum(p.numel() * p.element_size() for p in inputs.model.parameters())
     writes = [] if is_shards(data) else [str(output_dir / "tokens")]
     writes += [str(output_dir / "checkpoint-…")]
-    writes += [] if plan is None else [str(Path(plan.store) / "runs" / plan.name)]
+    writes += [] if plan is None else [str(location(plan.store) / "runs" / plan.name)]
     left = inputs.steps - prepared.resumed.step
     return TrainPlan(
         samples=rows.shards.samples,

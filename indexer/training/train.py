@@ -26,6 +26,7 @@ from ghoststore.settings.train import TrainConfig, TrainOptions
 from ghoststore.store.base.disk import exclusive, storage_errors
 from ghoststore.store.base.manifest import Manifest
 from ghoststore.store.base.names import safe_name
+from ghoststore.store.base.object_path import location
 from ghoststore.store.base.writable import check_writable
 from ghoststore.store.run.layout import RunLayout
 from ghoststore.tokens.manifest import date_in
@@ -350,7 +351,7 @@ class _Training:
         """StorageError for folders that must be written and cannot be."""
         check_writable(self.output_dir)
         if self.store is not None and self.config.on_store_error == "stop":
-            check_writable(Path(self.store) / "runs")
+            check_writable(location(self.store) / "runs")
 
     @contextmanager
     def _output_dir(self) -> Iterator[None]:

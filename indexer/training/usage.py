@@ -9,8 +9,8 @@ from ghoststore.settings.shared import in_memory, is_stdin
 from ghoststore.settings.train import TrainConfig, TrainOptions
 from ghoststore.store import Store
 from ghoststore.store.base.names import check_name
+from ghoststore.store.base.object_path import location
 from indexer.session.ranks import Ranks
-from indexer.session.run_plan import refuse_training_there
 
 
 def refuse_usage(options: TrainOptions, config: TrainConfig, ranks: Ranks) -> None:
@@ -57,8 +57,7 @@ def refuse_usage(options: TrainOptions, config: TrainConfig, ranks: Ranks) -> No
             raise UsageError("`name` is the name of a run: it needs `store`")
         check_name(options.name)
     if options.store is not None:
-        refuse_training_there(options.store)
-        Store.refuse_others(Path(options.store))
+        Store.refuse_others(location(options.store))
     if is_stdin(options.data) and ranks.count > 1:
         raise UsageError("`data=-` cannot be read by several ranks; tokenize it first")
     if is_stdin(options.data) and is_stdin(options.val_set):

@@ -26,7 +26,7 @@ from query.ann.engine import Engine, check_device
 from query.ann.rows import ROW, CheckedRows
 from query.ann.searcher import Front, Searcher
 from query.search.part_score import Metric, Term
-from query.search.search import Ranking
+from query.search.top_k import Ranking
 
 ATTEMPTS = 5
 """How often to try to open an index that is replaced while it is being opened."""

@@ -23,7 +23,8 @@ from query.ann.engine import Engine
 from query.ann.rows import CheckedRows
 from query.ann.searcher import Searcher
 from query.search.part_score import Metric, Term
-from query.search.search import Ranking, search
+from query.search.search import search
+from query.search.top_k import Ranking
 
 QUERIES = 64
 """Number of queries of each kind."""

@@ -17,7 +17,8 @@ from indexer.projection.sketch import Sketch
 from query.ann.engine import Engine
 from query.ann.rows import CheckedRows
 from query.search.part_score import Metric, Term
-from query.search.search import Ranking, pair_scores
+from query.search.search import pair_scores
+from query.search.top_k import Ranking
 
 OVERSAMPLE = 4
 """Least number of candidates for each row of the ranking."""

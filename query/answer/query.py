@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,12 @@ from query.ask.second_stage import Reranking
 from query.ask.unit import unit_of
 from query.common.output import check_output
 from query.common.texts import corpus_behind
+from query.search.on_ray import refuse_terms_on_ray, searching_on_ray
 from query.search.parts import named_parts, note_repeated, weights_of
+from query.search.search import Search, search
 from query.search.unions import refuse_united
+
+Searching = Callable[[Sequence[Part]], AbstractContextManager[Search]]
 
 
 @takes(QueryOptions)
@@ -100,10 +106,14 @@ def query(options: QueryOptions) -> QueryResult:
     model is needed. Of a run that chose, a visit counts with the weight that its sample had in the step; with
     ``candidates`` those that were not trained on count, too, all alike. What belongs to parts is refused.
 
+    With ``engine="ray"`` the rows are searched by actors of a Ray cluster (``ray_address``), each some spans of them:
+    the same answer. The val set goes through the model here, and a second stage does, too.
+
     ``histogram`` counts the scores of all rows: ``histogram`` of a ranking has 60 bins, and the rows of each domain.
 
     ``near`` is a row of the corpus in the place of a val set: the rows whose stored vectors are most similar to its
     own, without itself. It needs no model; what belongs to a val set is refused.
+
     ``server`` is the address of an explorer (``ghoststore serve``), with its token, or without and that in
     GHOSTSTORE_TOKEN. It answers in the place of a store here, with the model that it keeps; ``store`` is then the name
     of one of its stores, where it has several. What it does not offer is refused by name.
@@ -122,11 +132,14 @@ def query(options: QueryOptions) -> QueryResult:
     return answer(options)
 
 
-def answer(options: QueryOptions, opened: OpenedModel | None = None) -> QueryResult:
-    """The answer to ``options``, see :func:`query`, with the model of a session if there is one."""
+def answer(options: QueryOptions, opened: OpenedModel | None = None, searching: Searching | None = None) -> QueryResult:
+    """The answer to ``options``, see :func:`query`, with the model of a session, and its search, if there is one."""
     progress = options.progress or Silent()
     if options.top_k < 0 or options.bottom_k < 0 or not options.top_k + options.bottom_k:
         raise UsageError(f"`top_k={options.top_k}` and `bottom_k={options.bottom_k}`: ask for at least one row")
+    options.check_engine()
+    if options.engine is not None:
+        _refuse_on_ray(options)
     if options.near is not None:
         return query_near(options, progress)
     if options.run is not None:
@@ -141,7 +154,9 @@ def answer(options: QueryOptions, opened: OpenedModel | None = None) -> QueryRes
         refuse_rerank(question, how, options.top_k, options.bottom_k)
     settings = {"index": options.index, "top_k": options.top_k, "bottom_k": options.bottom_k}
     settings |= {name: True for name in ("tokens", "histogram") if getattr(options, name)}
-    return _answer(question, settings, how, options.index_name, options.text, page, progress, opened)
+    if searching is None and options.engine is not None:
+        searching = partial(searching_on_ray, options.ray_address)
+    return _answer(question, settings, how, options.index_name, options.text, page, progress, opened, searching)
 
 
 def _answer(
@@ -153,8 +168,11 @@ def _answer(
     page: Path | None,
     progress: Progress,
     opened: OpenedModel | None,
+    searching: Searching | None,
 ) -> QueryResult:
-    """The answer to ``question``. ``settings`` say how rows are ranked: index, top_k, bottom_k; ``how``, how anew."""
+    """The answer to ``question``. ``settings`` say how rows are ranked: index, top_k, bottom_k; ``how``, how anew;
+    ``searching(parts)``, who searches them on a Ray cluster.
+    """
     counts = (settings["top_k"], settings["bottom_k"])
     parts = named_parts(question.store, question.part, progress)
     if settings["index"] == "ann":
@@ -167,6 +185,8 @@ def _answer(
         refuse_united(parts, "`data`")
     metric, ann = metric_for(question.metric, parts), None
     refuse_part(how, parts, metric)
+    if searching is not None:
+        refuse_terms_on_ray(metric, question.precondition)
     weights = weights_of(parts, question.part_weights)
     if "tokens" in settings:
         refuse_pairs(parts[0])
@@ -182,11 +202,13 @@ def _answer(
     with (
         question.opened_val_set(progress) as corpus,
         question.opened_minus(progress) as minus,
+        nullcontext(search) if searching is None else searching(parts) as find,
     ):
         keep_model = how.rerank is not None or recomputes or "tokens" in settings
         scorer = open_scorer(
             question, parts, weights, corpus, progress, minus=minus, keep_model=keep_model, opened=opened
         )
+        scorer.find = find
         note_repeated(scorer.part, progress)
         if "histogram" in settings and len(scorer.names) == 1:
             # The rows are ranked by these, and the vectors read once. Of several queries their last bits may differ.
@@ -223,6 +245,25 @@ def _answer(
         if page is not None:
             write_report(page, scorer, corpus if text else None, result, rankings, progress)
     return result
+
+
+def _refuse_on_ray(options: QueryOptions) -> None:
+    """UsageError for what is not done by a search of the best rows of each range. It comes before any work."""
+    not_done = {
+        "`run`": options.run is not None,
+        f"`index={options.index}`": options.index != "exact",
+        "`with_scores`": options.with_scores is not None,
+        "`lexical`": options.lexical is not None,
+        "`combine=rank-fusion`": options.combine == "rank-fusion",
+        "`report`": options.report is not None,
+        "`histogram`": options.histogram,
+        "`near`": options.near is not None,
+    }
+    for option in (option for option, given in not_done.items() if given):
+        raise UsageError(
+            f"`engine=ray` gives the best rows by exact search of a part, and {option} needs something else: leave one "
+            "of the two out"
+        )
 
 
 def _refuse_index(question: Question, parts: Sequence[Part]) -> None:

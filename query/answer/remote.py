@@ -162,7 +162,7 @@ def _question(options: QueryOptions, offered: frozenset[str], address: Address, 
         if isinstance(value, Fields):
             continue
         question[spec.name] = list(value) if isinstance(value, tuple) else value
-    if options.val_set is None:
+    if options.val_set is None and options.near is None:
         raise UsageError("give `val_set`: what is asked for is near its gradient")
     for name in ROWS:
         data = getattr(options, name)

@@ -26,7 +26,7 @@ from query.answer.results import Hit, MixedHit, QueryResult, title_of
 from query.answer.tokens import Token, pieces
 from query.ask.scorer import Scorer
 from query.ask.unit import metric_words, unit_of, unit_words
-from query.search.search import Ranking
+from query.search.top_k import Ranking
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 MOST_RANKINGS = 30

@@ -22,7 +22,7 @@ from query.ask.unit import Unit
 from query.common.notebook import cut, html_table, html_tables
 from query.common.output import arrow_table, columns_of, write_result
 from query.common.texts import texts_of
-from query.search.search import Ranking
+from query.search.top_k import Ranking
 
 OF_TOKENS = ("tokens", "recomputed", "val_sample")
 """Fields of a hit that only ``tokens`` of a question fills."""

@@ -13,7 +13,7 @@ from query.ask.blend import rankings_of
 from query.ask.run_question import RunQuestion
 from query.ask.run_scorer import RunScorer, VisitSums, opened_val_set
 from query.common.texts import texts_of
-from query.search.search import Ranking
+from query.search.top_k import Ranking
 
 
 def query_run(options: QueryOptions, progress: Progress) -> QueryResult:

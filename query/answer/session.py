@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -23,9 +25,11 @@ from query.answer.query import answer
 from query.answer.results import QueryResult
 from query.ask.opened_model import OpenedModel
 from query.ask.scorer import chosen_rows
+from query.search.on_ray import searching_on_ray
+from query.search.search import Search
 from query.search.vectors import PartVectors
 
-OF_SESSION = ("store", "part", "checkpoint", "base", "tokenizer", "data", "device")
+OF_SESSION = ("store", "part", "checkpoint", "base", "tokenizer", "data", "device", "engine", "ray_address")
 """Options of a query that the session has."""
 NOT_OF_SESSION = ("near", "run", "step_window", "last", "candidates", "part_weights", "server")
 """Options of a query of other things than one part."""
@@ -37,7 +41,9 @@ def open(options: OpenOptions) -> Session:
 
     ``with ghoststore.open("store") as store: store.query(["a text", …], top_k=10)``. ``part`` names the part (default:
     the only one). ``checkpoint`` and ``tokenizer`` are folders or loaded objects; by default what the user's own build
-    read. ``data`` is the corpus of the part, for texts. The model is loaded when a question first needs it.
+    read. ``data`` is the corpus of the part, for texts. The model is loaded when a question first needs it. With
+    ``engine="ray"`` rows are searched by actors of a Ray cluster, which stay until the session is closed, and keep what
+    they have read.
 
     Raises UsageError if there is no such part, CorruptError if its metadata are damaged.
     """
@@ -88,6 +94,9 @@ class Session:
         self._options = options
         self._progress = options.progress or Silent()
         self._model: OpenedModel | None = OpenedModel(options)
+        self._stack = ExitStack()
+        self._on_ray: Search | None = None
+        options.check_engine()
 
     @property
     def part(self) -> Part:
@@ -110,7 +119,7 @@ class Session:
 
         @takes(QueryOptions)
         def query(options: QueryOptions) -> QueryResult:
-            return answer(options, model)
+            return answer(options, model, self._searching if options.engine else None)
 
         given = {name: getattr(self._options, name) for name in OF_SESSION} | {"part": self.name}
         with model.lock:
@@ -132,8 +141,9 @@ class Session:
         return PartRows(rows=rows, ids=[str(name) for name in part.read_rows("sample_id", rows)], vectors=vectors)
 
     def close(self) -> None:
-        """Let go of the model. The session answers nothing more."""
-        self._model = None
+        """Let go of the model, and of a Ray cluster. The session answers nothing more."""
+        self._model = self._on_ray = None
+        self._stack.close()
 
     def __enter__(self) -> Self:
         return self
@@ -164,6 +174,12 @@ class Session:
         if self._model is None:
             return ", closed"
         return "" if self._model.device is None else f", model on {self._model.device}"
+
+    def _searching(self, parts: Sequence[Part]) -> AbstractContextManager[Search]:
+        """The search on a Ray cluster, whose actors stay until the session is closed."""
+        if self._on_ray is None:
+            self._on_ray = self._stack.enter_context(searching_on_ray(self._options.ray_address, parts))
+        return nullcontext(self._on_ray)
 
     def _opened(self) -> OpenedModel:
         if self._model is None:

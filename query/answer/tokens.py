@@ -28,7 +28,7 @@ from query.ask.encoder import PartEncoder
 from query.ask.question import Question
 from query.ask.scorer import Scorer
 from query.ask.second_stage import Reranking
-from query.search.search import Ranking
+from query.search.top_k import Ranking
 
 ROWS_AT_ONCE = 64
 MOST_VAL_ROWS = 256

@@ -23,7 +23,7 @@ from ghoststore.store import Part, Run
 from ghoststore.store.base.own import source_path
 from ghoststore.store.run.ranges import inside
 from ghoststore.tokens.shards import TokenShards
-from query.search.search import Ranking
+from query.search.top_k import Ranking
 from query.training_scores.steps import choose_column, stream_steps, window_of
 from query.training_scores.sums import ScoreSums, Units, best
 from query.training_scores.weights import StepWeight, StepWeights

@@ -24,7 +24,7 @@ from query.ask.question import Question
 from query.ask.scorer import Scorer
 from query.ask.second_stage import Reranking, exact_scores
 from query.search.part_score import Metric
-from query.search.search import Ranking
+from query.search.top_k import Ranking
 
 BYTES_AT_ONCE = 64 << 20
 """Bytes of recomputed vectors in memory."""

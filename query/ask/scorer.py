@@ -34,8 +34,9 @@ from query.ask.opened_model import OpenedModel
 from query.ask.question import COMBINED, Question
 from query.search.part_score import Metric, Term
 from query.search.parts import choose_groups
-from query.search.search import Ranking, search, shared_spans, similarities
+from query.search.search import Search, search, shared_spans, similarities
 from query.search.second_moment import DampedInverse, checked_damping
+from query.search.top_k import Ranking
 from query.search.unions import refuse_united
 
 FUSION_CONSTANT = 60.0
@@ -177,6 +178,7 @@ class Scorer:
     """(Q, N): BM25 of every row, with the question's ``lexical``; of all groups together their mean."""
     hybrid: Hybrid | None = None
     """Set by :meth:`scores` and :meth:`rank` if the question has ``lexical``."""
+    find: Search = search
     by_index: bool = False
     """Whether an index gave the last ranking."""
     _scores: NDArray[np.float64] | None = None
@@ -262,7 +264,7 @@ class Scorer:
             return rankings_of(scores, counts[0]), rankings_of(scores, counts[1], sign=-1.0)
         combine: Literal["max"] | None = "max" if self._by_rows else None
         with closing(progress.task("searching", self.rows)) as task:
-            best, worst = search(
+            best, worst = self.find(
                 self.terms,
                 top_k=counts[0],
                 bottom_k=counts[1],

@@ -91,8 +91,10 @@ class Term:
 
     @property
     def lengths(self) -> NDArray[np.float64]:
-        """(Q,): Euclidean lengths of the queries, times the absolute weight."""
-        return np.asarray(self.queries_QD.norm(dim=1).numpy() * abs(self.weight))
+        """(Q,): Euclidean lengths of the queries, times the absolute weight. The same bits on any number of threads,
+        which torch's norm of one query would not have.
+        """
+        return np.asarray(np.sqrt(np.square(self.queries_QD.numpy()).sum(1)) * abs(self.weight))
 
     @property
     def mask(self) -> Tensor:

@@ -21,14 +21,14 @@ from ghoststore.store.part.status import FIRST_UNUSABLE
 from query.search.part_score import Metric, Term
 from query.search.products import Products, products_of
 from query.search.second_moment import DampedInverse
+from query.search.top_k import Pairs, Ranking, RunningTopK
 from query.search.units import Unit, Units, on_threads
 from query.search.vectors import DECODED_BYTES, PartVectors, SpanColumn, StoredRows, side_by_side
 
 Combine = Literal["max"]
 Result = TypeVar("Result")
-Exact = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
-Pairs = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
-"""Rows, queries and scores of pairs."""
+Search = Callable[..., tuple[Ranking, Ranking]]
+""":func:`search`, or what does the same elsewhere."""
 
 PAIR_BYTES = 1 << 19
 """Bytes of the float64 rows of pairs that are scored at once, in the processor's cache."""
@@ -38,80 +38,6 @@ SAFE = 2.0**90
 """Largest length and factor of a row whose products certainly stay in the range of float32; its inverse is
 the least.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Ranking:
-    """The best rows of each query, best first. With fewer than k rows, ``rows`` ends in -1."""
-
-    rows: NDArray[np.int64]
-    """(Q, k)."""
-    scores: NDArray[np.float64]
-    """(Q, k)."""
-
-
-class RunningTopK:
-    """The k largest scores so far, for each of Q queries; equal scores by lower row.
-
-    Cheap scores and their error bound rule out most rows; the remaining ones are scored in float64. So the result is
-    that of exact scores, and equal rows have equal scores wherever they stand.
-    """
-
-    def __init__(self, queries: int, k: int) -> None:
-        self.k = k
-        self._adding = threading.Lock()
-        self.scores = np.full((queries, k), -np.inf)
-        self.rows = np.full((queries, k), -1, dtype=np.int64)
-
-    def consider(
-        self, cheap_RQ: Tensor, slack_RQ: Tensor, usable_R: Tensor, first_row: int, exact: Exact, sign: float = 1.0
-    ) -> None:
-        """Add the pairs that may rank, of rows from ``first_row`` on. See :meth:`candidates`."""
-        if self.k:
-            self.add(self.candidates(cheap_RQ, slack_RQ, usable_R, first_row, exact, sign))
-
-    def candidates(
-        self, cheap_RQ: Tensor, slack_RQ: Tensor, usable_R: Tensor, first_row: int, exact: Exact, sign: float = 1.0
-    ) -> Pairs:
-        """(rows, queries, scores) of all pairs that may rank, of rows from ``first_row`` on.
-
-        Their scores times ``sign`` lie within ``slack_RQ`` of ``cheap_RQ``. ``exact(places, queries)`` gives the scores
-        of pairs, float64. Other threads may add pairs meanwhile: a bound that is out of date rules out less.
-        """
-        bound_Q = torch.from_numpy(self.scores[:, -1].astype(np.float32)).to(cheap_RQ.device)
-        highest_RQ = cheap_RQ + slack_RQ
-        candidate_RQ = (highest_RQ >= bound_Q) & usable_R.unsqueeze(1)
-        candidates = int(candidate_RQ.sum())
-        if not candidates:
-            none = np.zeros(0, dtype=np.int64)
-            return none, none, np.zeros(0)
-        if candidates > 4 * candidate_RQ.shape[1] * self.k:
-            # Too many, as in a first piece: leave out rows that stay below what k rows of this piece surely reach.
-            lowest_RQ = (cheap_RQ - slack_RQ).masked_fill_(~usable_R.unsqueeze(1), -torch.inf)
-            reached_Q = lowest_RQ.topk(min(self.k, len(lowest_RQ)), dim=0).values[-1]
-            if self.k <= len(lowest_RQ):
-                candidate_RQ &= highest_RQ >= reached_Q
-        place, query = (x.cpu().numpy() for x in candidate_RQ.nonzero(as_tuple=True))
-        return place + first_row, query, exact(place, query) * sign
-
-    def add(self, pairs: Pairs) -> None:
-        """Merge pairs into the k best of each query: higher score first, then lower row. In any order of calls, of
-        any thread.
-        """
-        row, query, score = pairs
-        if len(row):
-            with self._adding:
-                self._merge(row, query, score)
-
-    def _merge(self, row: NDArray[np.int64], query: NDArray[np.int64], score: NDArray[np.float64]) -> None:
-        touched, column = np.unique(query, return_inverse=True)
-        all_query = np.concatenate([np.repeat(np.arange(len(touched)), self.k), column])
-        all_score = np.concatenate([self.scores[touched].ravel(), score])
-        all_row = np.concatenate([self.rows[touched].ravel(), row])
-        order = np.lexsort((all_row, -all_score, all_query))
-        starts = np.searchsorted(all_query[order], np.arange(len(touched)))
-        best = order[starts[:, None] + np.arange(self.k)]
-        self.scores[touched], self.rows[touched] = all_score[best], all_row[best]
 
 
 class RowFacts:
@@ -220,6 +146,14 @@ def _sums(products_PD: Tensor) -> Tensor:
     return products_PD.sum(1)
 
 
+def units_of(terms: Sequence[Term], combine: Combine | None) -> NDArray[np.float64]:
+    """(columns,): the longest length of each query, by which scores are divided while they are compared."""
+    lengths_Q = np.max([term.lengths for term in terms], axis=0)
+    if not combine:
+        return np.asarray(lengths_Q)
+    return np.full(len(lengths_Q) + 1, lengths_Q.max())  # to compare scores, all must have one scale
+
+
 class _PieceScores:
     """Scores of the rows of ``terms``, piece by piece. They are scaled so that no query is longer than 1.
 
@@ -236,12 +170,9 @@ class _PieceScores:
     ) -> None:
         self.terms, self.combine, self._allowed_N = terms, combine, allowed_N
         self.device = torch.device(device)
-        lengths_Q = np.max([term.lengths for term in terms], axis=0)
-        if combine:
-            lengths_Q = np.full_like(lengths_Q, lengths_Q.max())  # to compare scores, all must have one scale
-        self.units_Q = np.append(lengths_Q, lengths_Q[0]) if combine else lengths_Q
-        """(columns,): factors that undo the scaling at the end."""
-        self.queries = len(lengths_Q)
+        self.units_Q = units_of(terms, combine)
+        self.queries = len(terms[0].queries_QD)
+        lengths_Q = self.units_Q[: self.queries]
         self._unit_QD = [(term.queries_QD / torch.from_numpy(lengths_Q).unsqueeze(1)).to(self.device) for term in terms]
         self._products: list[Products] = []
         """Of each term, what :meth:`cheap` needs. None without ``screened``."""
@@ -253,16 +184,15 @@ class _PieceScores:
         """Number of rankings: one for each query, and the combined one."""
         return len(self.units_Q)
 
-    def each(self, work: Callable[[_Piece], Result]) -> Iterator[tuple[int, Result]]:
-        """(rows, result) of ``work`` on each piece of the rows that are committed in every part, in order.
+    def each(self, work: Callable[[_Piece], Result], spans: Sequence[int]) -> Iterator[tuple[int, Result]]:
+        """(rows, result) of ``work`` on each piece of ``spans``, in order, which must be committed in every part.
 
-        No span without an allowed row is read. On the CPU, ``work`` runs on several threads.
+        On the CPU, ``work`` runs on several threads.
         """
-        spans = searched_spans(self.terms, self._allowed_N)
         parts = [term.part for term in self.terms]
         if self.device.type != "cpu":
             facts = [RowFacts.for_term(term) for term in self.terms]
-            for chunks in side_by_side([PartVectors(part, self.device) for part in parts], spans):
+            for chunks in side_by_side([PartVectors(part, self.device) for part in parts], list(spans)):
                 start, stop = chunks[0].start, chunks[0].stop
                 rows = [
                     StoredRows("float32", chunk.rows_RD, None, part.groups)
@@ -376,6 +306,47 @@ class _Piece:
         return self.scores.exact(self, places, columns)
 
 
+class ExactSearch:
+    """:func:`search`, some spans at a time. Several on equal ``terms`` may divide the spans among them."""
+
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        *,
+        top_k: int,
+        bottom_k: int = 0,
+        combine: Combine | None = None,
+        device: str = "cpu",
+        allowed_N: NDArray[np.bool_] | None = None,
+    ) -> None:
+        self._scores = _PieceScores(terms, combine, device, allowed_N, screened=True)
+        columns = self._scores.columns
+        self.best, self.worst = RunningTopK(columns, top_k), RunningTopK(columns, bottom_k)
+
+    def over(self, spans: Sequence[int], task: Task | None = None) -> None:
+        """Add the rows of ``spans``. Raises CorruptError for a damaged chunk."""
+
+        def work(piece: _Piece) -> None:
+            cheap_RQ, slack_RQ = self._scores.cheap(piece)
+            of_piece = piece.usable_R, piece.unit.start, piece.exact
+            self.best.consider(cheap_RQ, slack_RQ, *of_piece)
+            self.worst.consider(-cheap_RQ, slack_RQ, *of_piece, -1.0)
+
+        for rows, _ in self._scores.each(work, spans):
+            if task:
+                task.advance(rows)
+
+    def taken(self) -> tuple[Pairs, Pairs]:
+        """The best and the worst so far, which are forgotten: what :meth:`RunningTopK.add` takes."""
+        pairs = self.best.pairs(), self.worst.pairs()
+        self.best, self.worst = (RunningTopK(len(x.scores), x.k) for x in (self.best, self.worst))
+        return pairs
+
+    def rankings(self) -> tuple[Ranking, Ranking]:
+        """The best and the worst rows of all spans so far."""
+        return self.best.ranking(self._scores.units_Q), self.worst.ranking(self._scores.units_Q, -1.0)
+
+
 def search(
     terms: Sequence[Term],
     *,
@@ -399,20 +370,9 @@ def search(
 
     Raises CorruptError for a damaged chunk.
     """
-    scores = _PieceScores(terms, combine, device, allowed_N, screened=True)
-    best, worst = RunningTopK(scores.columns, top_k), RunningTopK(scores.columns, bottom_k)
-
-    def work(piece: _Piece) -> None:
-        cheap_RQ, slack_RQ = scores.cheap(piece)
-        of_piece = piece.usable_R, piece.unit.start, piece.exact
-        best.consider(cheap_RQ, slack_RQ, *of_piece)
-        worst.consider(-cheap_RQ, slack_RQ, *of_piece, -1.0)
-
-    for rows, _ in scores.each(work):
-        if task:
-            task.advance(rows)
-    units = scores.units_Q[:, None]
-    return Ranking(best.rows, best.scores * units), Ranking(worst.rows, -worst.scores * units)
+    exact = ExactSearch(terms, top_k=top_k, bottom_k=bottom_k, combine=combine, device=device, allowed_N=allowed_N)
+    exact.over(searched_spans(terms, allowed_N), task)
+    return exact.rankings()
 
 
 def similarities(
@@ -435,7 +395,7 @@ def similarities(
         usable = piece.usable_R.cpu().numpy()
         scores_QN[:, piece.unit.start : piece.unit.stop] = np.where(usable, scores.all_of(piece), np.nan)
 
-    for rows, _ in scores.each(work):
+    for rows, _ in scores.each(work, searched_spans(terms, allowed_N)):
         if task:
             task.advance(rows)
     return np.asarray(scores_QN * scores.units_Q[:, None])

@@ -104,16 +104,16 @@ class Units:
     def _requested(self, spans: Sequence[int]) -> Iterator[int]:
         """:meth:`announced` of an object store."""
         waiting: deque[tuple[int, int]] = deque()
-        chunks, complete, ahead = 0, False, ReadAhead()
-        for part in self._parts:
-            part.ahead = ahead
+        chunks, complete, ahead = 0, False, ReadAhead(self._parts[0].warm)
         try:
             for span in spans:
                 before = chunks
-                for part in self._parts:
+                for united in self._parts:
+                    part, own = united.home(span)
+                    part.ahead = ahead
                     for name in ("status", "norm", *["scale"] * part.encoding.scaled, "vectors"):
                         spec = part.spec(name)
-                        for path, _, _ in chunks_of(part, spec, [span]):
+                        for path, _, _ in chunks_of(part, spec, [own]):
                             ahead.announce(path, spec.chunk_bytes + CRC_BYTES, part.path)
                             chunks += name == "vectors"
                 waiting.append((span, chunks - before))

@@ -167,6 +167,25 @@ def test_verify(page: Any, explorer: ghoststore.Explorer, store: Path) -> None:
     assert page.said == []
 
 
+def test_indexes_and_fidelity(page: Any, lab: Lab, built: Path, tmp_path: Path) -> None:
+    """What was measured of a part stands on its card, with the numbers of `info`."""
+    pytest.importorskip("faiss", reason="an index needs FAISS")
+    store = tmp_path / "store"
+    shutil.copytree(built, store)
+    ghoststore.index(store=store)
+    ghoststore.fidelity(store=store, val_set=lab.corpus)
+    [part] = ghoststore.info(store).parts
+    with ghoststore.serve(store) as explorer:
+        opened(page, explorer, "#/store", ".parts")
+        card = page.locator(".parts .card").first.text_content()
+        recall = next(iter(part.indexes[0]["recall"].values()))["at_10"]
+        assert f"recall@10 {recall:.4}"[:15] in card
+        assert part.indexes[0]["factory"] in card
+        assert "Spearman" in card
+        assert f"{part.fidelity[0]['rows']} rows × {part.fidelity[0]['val_samples']} val samples" in card
+        assert page.said == []
+
+
 def test_a_store_is_chosen(page: Any, lab: Lab, store: Path, built: Path) -> None:
     with ghoststore.serve({"runs": store, "plain": built}) as explorer:
         opened(page, explorer, "#/store", ".parts")

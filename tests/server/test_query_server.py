@@ -42,6 +42,7 @@ QUESTIONS = [
     ("jsonl", "--group-field", "topic", "--combine", "max", "--where", "domain = 'sky'"),
     ("jsonl", "--lexical", "0.2", "--max-samples", "1"),
     ("jsonl", "--tokens", "--top-k", "2"),
+    ("jsonl", "--histogram", "--each"),
     ("jsonl", "--minus", "MINUS", "--top-k", "4"),
 ]
 
@@ -85,6 +86,11 @@ def test_from_python(explorer: ghoststore.Explorer, built: Path) -> None:
             assert there == here
             assert repr(there[0][0]) == repr(here[0][0])
             assert there.to_arrow() == here.to_arrow()
+
+
+def test_near_a_row(explorer: ghoststore.Explorer, built: Path) -> None:
+    here = ghoststore.query(store=built, near=3, top_k=4)
+    assert ghoststore.query(server=explorer.url, near=3, top_k=4) == here
 
 
 def test_notes_are_those_of_the_server(

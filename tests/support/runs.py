@@ -15,7 +15,8 @@ import numpy as np
 from ghoststore.store import RowTable, Run, RunLayout, RunWriter, Store, create_run
 from ghoststore.store.base.records import json_digest
 from ghoststore.store.run.gradients import GradientLayout
-from ghoststore.store.run.journal import Journal, append_entry, journal_path, opened, read_arrays
+from ghoststore.store.run.journal import Journal, append_entry, journal_path, read_arrays
+from ghoststore.store.run.journal_files import opened
 
 LAYOUT = RunLayout(
     steps=23, ranks=2, batch=3, span_steps=5, rows=40, groups=("law", "code"), blocks=("mlp", "attn"), dimension=4

@@ -16,9 +16,11 @@ let isLost = false;
 // Of several stores of the server this tab shows one, which its address names.
 async function chooseStore() {
   const { stores } = await request("/api/stores");
+  const shown = stores.length === 1 ? stores[0] : stores.find((store) => store.name === storeName);
+  if (shown) byId("store-name").textContent = shown.store;
   if (stores.length === 1) return true;
   const names = stores.map((store) => store.name);
-  if (!names.includes(storeName)) {
+  if (!shown) {
     turnTo(names[0], location.hash);
     return false;
   }
@@ -56,7 +58,6 @@ async function route() {
     }
     const store = await request("/api/store");
     if (turn !== turns) return; // another view was asked for meanwhile
-    byId("store-name").textContent = store.store;
     reveal(); // not before: the form is filled from here on, and would lose what was typed into it
     if (view === "ask") await openAsk(store, values);
     if (view === "store") showStore(store);

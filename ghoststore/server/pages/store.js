@@ -50,8 +50,10 @@ function partCard(part) {
 }
 
 function fidelityWords(measured) {
-  const numbers = Object.entries(measured).filter(([, value]) => typeof value === "number").map(([name, value]) => `${name.replaceAll("_", " ")} ${number(value)}`);
-  return `${measured.metric || "measured"} (${measured.state})${numbers.length ? `: ${numbers.join(", ")}` : ""}`;
+  if (measured.state === "damaged") return `damaged: ${measured.problem}; ghoststore fidelity measures it again`;
+  const { layers } = measured;
+  const stale = measured.state === "current" ? "" : ` (${measured.state}: ${measured.problem})`;
+  return `Spearman ${number(layers.spearman.value)} to exact gradients, recall@${layers.at} ${number(layers.recall.value)}, relative error ${number(layers.relative_error.value)}; ${whole(measured.rows)} rows × ${whole(measured.val_samples)} val samples by ${measured.metric}${stale}`;
 }
 
 function runCard(run) {

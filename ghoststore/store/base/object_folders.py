@@ -78,6 +78,11 @@ def unfinished_folder(path: ObjectPath) -> bool:
     return not (path / ROOT).is_file() and (path / INTENT).is_file()
 
 
+def is_there(path: Path) -> bool:
+    """Whether a folder that appears whole is there. What was begun in an object store is not."""
+    return path.exists() and not (isinstance(path, ObjectPath) and unfinished_folder(path))
+
+
 def remove_folder(path: ObjectPath) -> None:
     """Remove everything in a folder, its ``zarr.json`` first: a reader finds the whole or nothing.
 

@@ -80,7 +80,7 @@ class UnitedPart(Part):
         self.spans = [
             begin + span for begin, part in zip(self.layout.first, members, strict=False) for span in part.spans
         ]
-        self._arrays = {}
+        self._forget()
         names = self.domains
         self._codes = [np.array([*map(names.index, part.domains), -1], dtype=np.int16) for part in members]
         counts = (self._samples(part) for part in members)

@@ -18,10 +18,10 @@ from ghoststore.store.run.journal import (
     intact,
     is_finished,
     journal_path,
-    opened,
     problems_of,
     read_arrays,
 )
+from ghoststore.store.run.journal_files import JournalBytes, opened
 from ghoststore.store.run.ranges import Steps, inside, merged, without
 from ghoststore.store.run.run import Run
 from ghoststore.store.run.skipped import SKIPPED, write_skipped
@@ -67,7 +67,7 @@ def _without_damaged(run: Run, journal: Journal) -> list[Steps]:
             else:
                 lost.append((entry.start, entry.stop))
         end = max((entry.offset + entry.size for entry in entries), default=0)
-        damaged_entries = -(-(os.fstat(handle).st_size - end) // entry_size(run.layout, run.layout.interval))
+        damaged_entries = -(-(handle.size - end) // entry_size(run.layout, run.layout.interval))
     if damaged_entries > 0:
         begin, stop = run.layout.span_of(journal.span)
         begin = max([begin, *(entry.stop for entry in entries)])
@@ -80,14 +80,14 @@ def _without_damaged(run: Run, journal: Journal) -> list[Steps]:
     return [steps for steps in lost if steps[0] < steps[1]]
 
 
-def _later_entries(run: Run, journal: Journal, handle: int) -> Iterator[Entry]:
+def _later_entries(run: Run, journal: Journal, handle: JournalBytes) -> Iterator[Entry]:
     """Intact entries of ``journal`` after the first damage.
 
     The layout tells where an entry begins: all have the same size, except that of the run's last interval. An entry is
     of another journal if it is not linked to the intact entry before it, or, as the first, to the run: it and all that
     follow are not taken. OSError if the disk refuses to read.
     """
-    layout, size = run.layout, os.fstat(handle).st_size
+    layout, size = run.layout, handle.size
     starts = set(journal.starts)
     link: bytes | None = first_link(run, journal.span)
     if journal.entries:
@@ -110,6 +110,6 @@ def _later_entries(run: Run, journal: Journal, handle: int) -> Iterator[Entry]:
         yield entry
 
 
-def _link_to(handle: int, entry: Entry) -> bytes | None:
+def _link_to(handle: JournalBytes, entry: Entry) -> bytes | None:
     """The link that the entry after ``entry`` must have; None if ``entry`` is damaged, so that it is not known."""
     return entry.digest if intact(handle, entry) else None

@@ -8,11 +8,9 @@ is on the disk. So an entry without a trailer was never committed, and one with 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.errors import CorruptError
-from ghoststore.store.base.disk import flush
 from ghoststore.store.base.object_path import ObjectPath
-from ghoststore.store.base.opening import names_in, open_regular
+from ghoststore.store.base.opening import names_in
 from ghoststore.store.base.records import json_digest
+from ghoststore.store.run.journal_files import JournalBytes, append, opened
 from ghoststore.store.run.layout import RunLayout
 from ghoststore.store.run.ranges import Steps, merged, without
 from ghoststore.store.run.skipped import SKIPPED
@@ -122,23 +120,6 @@ def entry_size(layout: RunLayout, steps: int) -> int:
     return HEADER.size + arrays + TRAILER_BYTES
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[int]:
-    """Open a journal for reading. FileNotFoundError if it is gone, CorruptError if it is no regular file."""
-    with open_regular(path, path.parent.parent) as file:
-        yield file.fileno()
-
-
-@contextmanager
-def _writing(path: Path, flags: int = 0) -> Iterator[int]:
-    """Open a journal for writing, without following a link or waiting for a pipe."""
-    handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | flags, 0o666)
-    try:
-        yield handle
-    finally:
-        os.close(handle)
-
-
 # Reading.
 
 
@@ -183,8 +164,7 @@ def _read_on(run: Run, journal: Journal) -> bool:
     """Read further entries. Returns False if the journal was removed meanwhile: its span is committed."""
     try:
         with opened(journal.path) as handle:
-            size = os.fstat(handle).st_size
-            while (entry := _next_entry(run, journal, handle, size)) is not None:
+            while (entry := _next_entry(run, journal, handle, handle.size)) is not None:
                 journal.add(entry)
     except FileNotFoundError:
         return False
@@ -195,13 +175,13 @@ def _read_on(run: Run, journal: Journal) -> bool:
     return True
 
 
-def _next_entry(run: Run, journal: Journal, handle: int, size: int) -> Entry | None:
+def _next_entry(run: Run, journal: Journal, handle: JournalBytes, size: int) -> Entry | None:
     """Read the next entry. None if no more were committed, or if one is damaged: ``problem`` is set then."""
     layout, offset = run.layout, journal.end
     fields = header_at(handle, offset)
     if fields is None:
         # The entry was being written, unless it is finished.
-        if _is_any_finished(layout, journal.span, handle, offset, size):
+        if size > offset if handle.whole else _is_any_finished(layout, journal.span, handle, offset, size):
             journal.problem = f"the header at byte {offset:,} is not what was written"
         return None
     _, start, stop, length, *_, previous, _ = fields
@@ -213,7 +193,9 @@ def _next_entry(run: Run, journal: Journal, handle: int, size: int) -> Entry | N
     elif length != entry_size(layout, stop - start):
         journal.problem = f"{entry_words}, says that it has {length} bytes"
     elif not is_finished(handle, offset, length, size):
-        return None
+        if not handle.whole:
+            return None
+        journal.problem = f"{entry_words}, is not whole"
     elif previous != (journal.entries[-1].digest if journal.entries else first_link(run, journal.span)):
         journal.problem = f"{entry_words}, is not linked to what stands before it"
     if journal.problem is not None:
@@ -221,16 +203,16 @@ def _next_entry(run: Run, journal: Journal, handle: int, size: int) -> Entry | N
     return entry_of(handle, offset, fields)
 
 
-def header_at(handle: int, offset: int) -> tuple[Any, ...] | None:
+def header_at(handle: JournalBytes, offset: int) -> tuple[Any, ...] | None:
     """The fields of the header at ``offset``; None if there is no intact header."""
-    header = os.pread(handle, HEADER.size, offset)
+    header = handle.read(HEADER.size, offset)
     if len(header) < HEADER.size or google_crc32c.value(header[:-CRC_BYTES]) != HEADER.unpack(header)[-1]:
         return None
     fields = HEADER.unpack(header)
     return fields if fields[0] == MAGIC else None
 
 
-def entry_of(handle: int, offset: int, fields: Sequence[Any]) -> Entry:
+def entry_of(handle: JournalBytes, offset: int, fields: Sequence[Any]) -> Entry:
     """The entry at ``offset`` whose header has these ``fields``."""
     _, start, stop, length, tokens, *counts, _, _ = fields
     return Entry(
@@ -240,22 +222,22 @@ def entry_of(handle: int, offset: int, fields: Sequence[Any]) -> Entry:
         size=length,
         tokens=tokens,
         statuses=dict(zip(STATUSES, counts, strict=True)),
-        digest=os.pread(handle, TRAILER_BYTES, offset + length - TRAILER_BYTES),
+        digest=handle.read(TRAILER_BYTES, offset + length - TRAILER_BYTES),
     )
 
 
-def is_finished(handle: int, offset: int, length: int, size: int) -> bool:
+def is_finished(handle: JournalBytes, offset: int, length: int, size: int) -> bool:
     """Whether the entry of ``length`` bytes at ``offset`` was committed: it has a trailer, or bytes follow it.
 
     After a power cut, bytes that were not flushed may read as zeros; no trailer is all zeros.
     """
     if size > offset + length:
         return True  # this entry was flushed before the next was written
-    trailer = os.pread(handle, TRAILER_BYTES, offset + length - TRAILER_BYTES)
+    trailer = handle.read(TRAILER_BYTES, offset + length - TRAILER_BYTES)
     return len(trailer) == TRAILER_BYTES and any(trailer) and not _is_half(handle, offset, length, trailer)
 
 
-def _is_half(handle: int, offset: int, length: int, trailer: bytes) -> bool:
+def _is_half(handle: JournalBytes, offset: int, length: int, trailer: bytes) -> bool:
     """Whether ``trailer`` is the beginning or the end of the right trailer, and zeros otherwise.
 
     That happens if it lies across two blocks, and the power fails when one of them is on the disk. The entry itself was
@@ -263,12 +245,12 @@ def _is_half(handle: int, offset: int, length: int, trailer: bytes) -> bool:
     """
     if trailer[0] and trailer[-1]:
         return False
-    right = hashlib.sha256(_read(handle, length - TRAILER_BYTES, offset)).digest()
+    right = hashlib.sha256(handle.read(length - TRAILER_BYTES, offset)).digest()
     half = right.startswith(trailer.rstrip(b"\0")) or right.endswith(trailer.lstrip(b"\0"))
     return half and sum((a ^ b).bit_count() for a, b in zip(trailer, right, strict=True)) > 1
 
 
-def _is_any_finished(layout: RunLayout, span: int, handle: int, offset: int, size: int) -> bool:
+def _is_any_finished(layout: RunLayout, span: int, handle: JournalBytes, offset: int, size: int) -> bool:
     """Whether an entry at ``offset`` was committed, of whichever steps."""
     first, last = layout.span_of(span)
     full = entry_size(layout, min(layout.interval, last - first))
@@ -279,7 +261,7 @@ def _is_any_finished(layout: RunLayout, span: int, handle: int, offset: int, siz
 
 
 def read_arrays(
-    handle: int, journal: Journal, entry: Entry, layout: RunLayout, names: Collection[str]
+    handle: JournalBytes, journal: Journal, entry: Entry, layout: RunLayout, names: Collection[str]
 ) -> dict[str, NDArray[Any]]:
     """Read the arrays ``names`` of an entry, each (steps, …). CorruptError if one is damaged."""
     arrays: dict[str, NDArray[Any]] = {}
@@ -287,7 +269,7 @@ def read_arrays(
     for spec in layout.arrays():
         size = spec.count(steps) * spec.width * spec.dtype.itemsize
         if spec.name in names:
-            data = _read(handle, size + CRC_BYTES, offset)
+            data = handle.read(size + CRC_BYTES, offset)
             numbers = data[:size]
             if len(data) != size + CRC_BYTES or google_crc32c.value(numbers) != int.from_bytes(data[size:], "little"):
                 raise CorruptError(
@@ -303,18 +285,10 @@ def entries_of(journal: Journal) -> Iterator[bytes]:
     """Read and check the bytes of each entry. FileNotFoundError if the journal is gone, CorruptError for damage."""
     with opened(journal.path) as handle:
         for entry in journal.entries:
-            data = _read(handle, entry.size, entry.offset)
+            data = handle.read(entry.size, entry.offset)
             if hashlib.sha256(data[:-TRAILER_BYTES]).digest() != entry.digest:
                 raise journal.damaged(f"steps {entry.start} to {entry.stop} are not what was written")
             yield data
-
-
-def _read(handle: int, size: int, offset: int) -> bytes:
-    """Read ``size`` bytes, or all there are. The system may return fewer at a time."""
-    data = os.pread(handle, size, offset)
-    while len(data) < size and (more := os.pread(handle, size - len(data), offset + len(data))):
-        data += more
-    return data
 
 
 # Writing.
@@ -329,19 +303,16 @@ def append_entry(run: Run, journal: Journal, start: int, arrays: Mapping[str, ND
     counts = (statuses[name] for name in STATUSES)
     header = HEADER.pack(MAGIC, start, stop, size, tokens, *counts, link, 0)[:-CRC_BYTES]
     digest = hashlib.sha256()
-    with _writing(journal.path, os.O_CREAT) as handle:
-        offset = begin
+
+    def pieces() -> Iterator[memoryview]:
         for numbers in (np.frombuffer(header, np.uint8), *(_bytes(arrays[s.name], s) for s in run.layout.arrays())):
             crc = google_crc32c.value(numbers).to_bytes(CRC_BYTES, "little")  # value() takes arrays, but no memoryview
             for data in (numbers.data, memoryview(crc)):
                 digest.update(data)
-                offset = _write(handle, data, offset)
-        os.fsync(handle)
-        # Only now that the entry is on the disk: a trailer must never exist without its entry.
-        _write(handle, memoryview(digest.digest()), offset)
-        os.fsync(handle)
-    if not begin:
-        flush(journal.path.parent)
+                yield data
+        yield memoryview(digest.digest())
+
+    append(journal.path, len(journal.entries), begin, pieces())
     journal.add(
         Entry(
             start=start,
@@ -358,28 +329,6 @@ def append_entry(run: Run, journal: Journal, start: int, arrays: Mapping[str, ND
 def _bytes(values: NDArray[Any], spec: ArraySpec) -> NDArray[np.uint8]:
     """The stored bytes of ``values``, without a copy."""
     return np.ascontiguousarray(values, dtype=spec.dtype).reshape(-1).view(np.uint8)
-
-
-def _write(handle: int, data: memoryview, offset: int) -> int:
-    """Write all of ``data``. Returns the offset after it. The system may take fewer bytes at a time."""
-    while data:
-        written = os.pwrite(handle, data, offset)
-        data, offset = data[written:], offset + written
-    return offset
-
-
-def cut(journal: Journal) -> None:
-    """Remove the unfinished entry of a dead writer after the last entry."""
-    with _writing(journal.path) as handle:
-        if os.fstat(handle).st_size > journal.end:
-            os.ftruncate(handle, journal.end)
-            os.fsync(handle)
-
-
-def remove(journal: Journal) -> None:
-    """Remove the journal of a span that is committed."""
-    journal.path.unlink(missing_ok=True)
-    flush(journal.path.parent)
 
 
 # Checking.
@@ -419,9 +368,9 @@ def problems_of(journal: Journal) -> list[str]:
     return problems if journal.problem is None else [*problems, journal.problem]
 
 
-def intact(handle: int, entry: Entry) -> bool:
+def intact(handle: JournalBytes, entry: Entry) -> bool:
     """Whether all bytes of an entry are as they were written."""
-    data = _read(handle, entry.size, entry.offset)
+    data = handle.read(entry.size, entry.offset)
     return hashlib.sha256(data[:-TRAILER_BYTES]).digest() == entry.digest
 
 

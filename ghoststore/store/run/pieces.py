@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.errors import CorruptError
-from ghoststore.store.run.journal import Journal, opened, read_arrays
+from ghoststore.store.run.journal import Journal, read_arrays
+from ghoststore.store.run.journal_files import opened
 from ghoststore.store.run.ranges import Steps, inside
 from ghoststore.store.spans.commits import commit_path
 from ghoststore.store.spans.layout import CRC_BYTES, ArraySpec, chunk_keys

@@ -15,14 +15,12 @@ from ghoststore.store.base.disk import storage_errors
 from ghoststore.store.run.journal import (
     Journal,
     append_entry,
-    cut,
     journal_path,
-    opened,
     problems_of,
     read_arrays,
     read_journals,
-    remove,
 )
+from ghoststore.store.run.journal_files import cut, opened, remove
 from ghoststore.store.run.ranges import Steps, count, inside, merged, without
 from ghoststore.store.run.skipped import write_skipped
 from ghoststore.store.spans.commits import commit_path
@@ -57,11 +55,11 @@ class Saver:
             for span, journal in read_journals(run).items():
                 if commit_path(run.path, span).exists():
                     refuse_damaged_spans(run, [span])  # the journal would mend it
-                    remove(journal)
+                    remove(journal.path)
                     continue
                 for problem in problems_of(journal):  # read whole: no entry may be linked to a damaged one
                     raise journal.damaged(problem)
-                cut(journal)
+                cut(journal.path, journal.end)
                 self._journals[span] = journal
         run.reload()
         self._skipped = list(run.skipped)
@@ -133,7 +131,7 @@ def commit_journal(run: Run, journal: Journal) -> None:
     write_span(run, SpanData(journal.span, arrays))
     # Only now: until the record exists, the journal is the committed data.
     with storage_errors(str(journal.path)):
-        remove(journal)
+        remove(journal.path)
 
 
 def rebuild_from_journals(run: Run, spans: set[int]) -> list[int]:

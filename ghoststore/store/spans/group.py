@@ -46,7 +46,7 @@ MOST_TIMES = 64
 CODECS = {"bytes", "vlen-utf8", "crc32c"}
 """Allowed codecs of arrays: none that expands a little data to much."""
 if TYPE_CHECKING:
-    from ghoststore.store.spans.reader import ReadAhead
+    from ghoststore.store.spans.reader import ReadAhead, WarmChunks
 
 L = TypeVar("L", bound=SpanLayout)
 
@@ -92,6 +92,10 @@ class Spanned(ABC, Generic[L]):
     kind: ClassVar[Kind]
     unit: ClassVar[str]
     """The unit of the first axis, in the plural."""
+    ahead: ReadAhead | None = None
+    """Reads chunks of an object store before they are needed, while somebody scans them."""
+    warm: WarmChunks | None = None
+    """Keeps chunks of an object store from one scan to the next, for who asks about them again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -112,10 +116,12 @@ class Spanned(ABC, Generic[L]):
             raise CorruptError(f"{path / 'zarr.json'} tells of spans of {chunks} files; at most {MOST_CHUNKS} can be")
         self.spans: list[int] = self._committed()
         """Committed spans, in order."""
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing of it has been read yet."""
         self._arrays: dict[str, zarr.Array[Any]] = {}
         self._metadata: dict[str, bytes] = {}
-        self.ahead: ReadAhead | None = None
-        """Reads chunks of an object store before they are needed, while somebody scans them."""
         self._sizes_checked = False
 
     @classmethod

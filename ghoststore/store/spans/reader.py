@@ -76,19 +76,51 @@ def read_chunk(path: Path, size: int, buffer: NDArray[np.uint8] = NOTHING, withi
     return buffer
 
 
+class WarmChunks:
+    """Chunks of objects that stay in memory from one scan to the next, the first ones up to ``largest`` bytes. Threads
+    share it.
+
+    What is committed never changes, so they are never asked for again.
+    """
+
+    def __init__(self, largest: int) -> None:
+        self._room = largest
+        self._lock = threading.Lock()
+        self._chunks: dict[Path, Bytes] = {}
+
+    def read(self, path: Path, size: int, buffer: Bytes = NOTHING, within: Path | None = None) -> Bytes:
+        """As :func:`read_chunk`. The bytes are the caller's."""
+        data = self._chunks.get(path)
+        if data is None or len(data) != size:
+            return self._keep(path, read_chunk(path, size, buffer, within))
+        if len(buffer) != size:
+            return data.copy()
+        buffer[:] = data
+        return buffer
+
+    def _keep(self, path: Path, data: Bytes) -> Bytes:
+        with self._lock:
+            if path not in self._chunks and len(data) <= self._room:
+                self._room -= len(data)
+                self._chunks[path] = data.copy()
+        return data
+
+
 class ReadAhead:
     """Chunks of objects that were asked for before they are needed. One thread announces them, others take them.
 
-    :data:`~ghoststore.store.base.objects.IN_FLIGHT` requests are under way at a time.
+    :data:`~ghoststore.store.base.objects.IN_FLIGHT` requests are under way at a time. With ``warm`` what that holds is
+    not asked for again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, warm: WarmChunks | None = None) -> None:
+        self._read = read_chunk if warm is None else warm.read
         self._pool = ThreadPoolExecutor(IN_FLIGHT, "ghoststore-read-ahead")
         self._chunks: dict[Path, Future[Bytes]] = {}
 
     def announce(self, path: Path, size: int, within: Path) -> None:
         """Begin to read a chunk, as :func:`read_chunk` does."""
-        self._chunks[path] = self._pool.submit(read_chunk, path, size, within=within)
+        self._chunks[path] = self._pool.submit(self._read, path, size, within=within)
 
     def take(self, path: Path, size: int, buffer: Bytes = NOTHING, within: Path | None = None) -> Bytes:
         """As :func:`read_chunk`, of a chunk that was announced once, or of any other."""

@@ -186,6 +186,7 @@ def test_long_axes_are_learned_through_a_drawn_side(monkeypatch: pytest.MonkeyPa
     """Over seeds the mean of the factors is the moment: a drawn side adds noise and nothing else."""
     model, rows, seeds = small(), some_rows(), 24
     monkeypatch.setattr(module, "DRAWN_RANK", 11)
+    monkeypatch.setattr(module, "WHOLE", 11)
     plan, found = plan_of(model, precondition="kronecker", layers=("mlp",)), []
     for seed in range(seeds):
         monkeypatch.setattr(module, "_key", lambda layer, what, seed=seed: f"{seed}|{layer.block.name}|{what}")
@@ -198,8 +199,32 @@ def test_long_axes_are_learned_through_a_drawn_side(monkeypatch: pytest.MonkeyPa
             assert float((drawn.mean(0) - expected).norm()) < 1.8 * float(alone) / seeds**0.5
 
 
-def test_rows_that_are_not_finite_are_left_out() -> None:
-    """As the build leaves them out; the others are learned from all the same."""
+def test_lots_not_batches_have_drawn_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where sides are drawn, too, batches do not matter, nor how many rows of a lot share one."""
+    monkeypatch.setattr(module, "DRAWN_RANK", 11)
+    monkeypatch.setattr(module, "WHOLE", 11)
+    model, rows = small(), some_rows(20)
+    plan = plan_of(model, precondition="kronecker")
+    wanted = factors_of(learn(model, plan, rows))
+    for tokens in (1, 40, 10_000):
+        for name, pair in factors_of(learn(model, plan, rows, batch_tokens=tokens)).items():
+            for factor, expected in zip(pair, wanted[name], strict=True):
+                same(dense(factor), dense(expected), 1e-5)
+    monkeypatch.setattr(module, "LOTS", 1)
+    alone = factors_of(learn(model, plan, rows))
+    assert all(
+        float((dense(factor) - dense(expected)).norm()) > 1e-3 * float(dense(expected).norm())
+        for name, pair in alone.items()
+        for factor, expected in zip(pair, wanted[name], strict=True)
+        if factor.vectors.shape[1] > 2 and not name.endswith(("ln_1", "ln_2", "ln_f"))
+    )
+
+
+@pytest.mark.parametrize("longest", [64, 11], ids=["whole", "drawn"])
+def test_rows_that_are_not_finite_are_left_out(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the build leaves them out; the others are learned from all the same, with the sides that they had."""
+    monkeypatch.setattr(module, "DRAWN_RANK", 11)
+    monkeypatch.setattr(module, "WHOLE", longest)
     model, rows = small(), some_rows()
     plan = plan_of(model, precondition="kronecker", compress=20)
     odd = VOCABULARY - 1
@@ -209,7 +234,7 @@ def test_rows_that_are_not_finite_are_left_out() -> None:
     with torch.no_grad():
         model.transformer.wte.weight[odd] = torch.nan
         model.lm_head.weight = torch.nn.Parameter(small().lm_head.weight.detach())
-    learned = learn(model, plan, [*rows, row(70, [3, odd, 4])])
+    learned = learn(model, plan, [*rows, row(70, [3, odd, 4]), row(71, [odd, 4, 5, 6])])
     assert learned.samples == len(rows)
     assert learned.shares is not None
     assert wanted.shares is not None

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ghoststore.corpus import Sample
-from indexer.build.calibrate import Leading
 from indexer.build.corpus_plan import LearningSample
+from indexer.build.leading import Leading
 
 CPU = torch.device("cpu")
 
@@ -63,10 +63,14 @@ def test_nearly_all_energy_where_the_spectrum_falls(decay: float, share: float) 
     assert factor.mean == pytest.approx(float(moment.trace()) / n, rel=1e-4)
 
 
-def test_fewer_terms_than_eigenvectors() -> None:
-    """The others have the value 0; all are orthonormal all the same."""
-    factor = fed(numbers(20, 3), 12, 3).factor()
+@pytest.mark.parametrize("n", [20, 100, 300])
+def test_fewer_terms_than_eigenvectors(n: int) -> None:
+    """The others have the value 0; all are orthonormal all the same. 64 directions are followed: all, most, or few."""
+    y_NC = numbers(n, 3)
+    factor = fed(y_NC, 12, 3).factor()
     assert int((factor.values > 1e-5 * factor.values[0]).sum()) == 3
+    values = torch.linalg.eigvalsh(mean_of(y_NC, 3)).flip(0)[:3]
+    torch.testing.assert_close(factor.values[:3].double(), values, rtol=1e-4, atol=0)
     torch.testing.assert_close(factor.vectors @ factor.vectors.t(), torch.eye(12), rtol=0, atol=1e-5)
     assert 0 <= factor.rest <= 1e-6 * float(factor.values[0])
 

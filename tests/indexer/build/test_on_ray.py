@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,56 +10,16 @@ import pytest
 
 import ghoststore
 from ghoststore.errors import MismatchError, UsageError
-from ghoststore.progress import Silent, Task
+from tests.support.ray_clusters import Striking, kill_one
+from tests.support.ray_clusters import cluster as cluster
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
-
-SHARED_MEMORY = 80 << 20
-"""Bytes of Ray's object store, which nothing here uses: the least that Ray allows."""
 
 
 def build(lab: Lab, store: Path, **settings: Any) -> ghoststore.BuildReport:
     given = {"checkpoint": lab.checkpoint, "data": lab.corpus, "name": "part", "span_rows": 6, "device": "cpu"}
     return ghoststore.build(store=store, **(given | {"engine": "ray"} | settings))
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """Three nodes of one core each."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed")
-    from ray.cluster_utils import Cluster
-
-    settings = {"num_cpus": 1, "object_store_memory": SHARED_MEMORY, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=settings)
-    for _ in range(2):
-        cluster.add_node(num_cpus=1, object_store_memory=SHARED_MEMORY)
-    ray.init(address=cluster.address, log_to_driver=False)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
-
-
-class Striking(Silent):
-    """Calls ``strike`` when a bar called ``at`` advances for the first time."""
-
-    def __init__(self, strike: Any, at: str = "building") -> None:
-        self.strike, self.at = strike, at
-        self.notes: list[str] = []
-
-    def task(self, description: str, total: int | None, done: int = 0, unit: str = "rows") -> Task:
-        listener = self
-
-        class Bar(type(super().task("", None))):  # type: ignore[misc]
-            def advance(self, rows: int, tokens: int = 0) -> None:
-                if description == listener.at and listener.strike is not None:
-                    listener.strike()
-                    listener.strike = None
-
-        return Bar()
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
 
 
 @pytest.mark.slow
@@ -97,29 +54,10 @@ def test_a_node_dies(lab: Lab, built: Path, tmp_path: Path, cluster: Any) -> Non
 def test_an_actor_dies(lab: Lab, built: Path, tmp_path: Path, cluster: Any) -> None:
     store = tmp_path / "store"
 
-    def strike() -> None:
-        actors = [
-            path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if b"ray::Builder" in bytes_of(path)
-        ]
-        os.kill(int(actors[0]), signal.SIGKILL)
-
-    listener = Striking(strike)
+    listener = Striking(lambda: kill_one(b"ray::Builder"))
     build(lab, store, workers=2, progress=listener)
     assert any("(a Ray actor) ended" in note and "another takes its place" in note for note in listener.notes)
     assert lab.tree(store) == lab.tree(built)
-
-
-def kill_one(name: bytes) -> None:
-    """Kill a process of this machine whose command line holds ``name``."""
-    names = (path for path in Path("/proc").glob("[0-9]*/cmdline") if name in bytes_of(path))
-    os.kill(int(next(names).parent.name), signal.SIGKILL)
-
-
-def bytes_of(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
 
 
 @pytest.mark.parametrize(

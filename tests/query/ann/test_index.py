@@ -20,7 +20,8 @@ from query.ann.command import choose_dimension, choose_factory
 from query.ann.engine import check_device, load_faiss
 from query.ann.index import AnnIndex
 from query.search.part_score import Metric, Term
-from query.search.search import Ranking, search
+from query.search.search import search
+from query.search.top_k import Ranking
 from tests.support.made_parts import DIMENSION, ROWS, UNUSABLE, clustered, make_part
 
 if TYPE_CHECKING:

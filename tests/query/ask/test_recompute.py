@@ -18,7 +18,8 @@ from ghoststore.store import Status
 from query.ask.encoder import PartEncoder
 from query.ask.rerank import rerank
 from query.search.part_score import Metric, Term
-from query.search.search import Ranking, search
+from query.search.search import search
+from query.search.top_k import Ranking
 from tests.support.parts import vectors_of
 
 if TYPE_CHECKING:

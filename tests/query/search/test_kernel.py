@@ -18,7 +18,8 @@ from ghoststore.store import Part
 from query.search.kernel import ROWS_AT_ONCE, CodeKernel, Segment, obvious_products, vector_bytes
 from query.search.part_score import Metric, Term
 from query.search.products import LARGEST, WIDEST, KernelProducts
-from query.search.search import Ranking, search
+from query.search.search import search
+from query.search.top_k import Ranking
 from tests.support.made_parts import DIMENSION, ROWS, clustered, make_part
 
 pytestmark = pytest.mark.skipif(

@@ -11,7 +11,8 @@ import torch
 
 from query.search.part_score import Metric, Term
 from query.search.products import CodeProducts, FloatProducts
-from query.search.search import Ranking, RunningTopK, pair_scores, search, similarities
+from query.search.search import pair_scores, search, similarities
+from query.search.top_k import Ranking, RunningTopK
 from query.search.vectors import StoredRows
 from tests.support.made_parts import DIMENSION, ROWS, clustered, make_part
 

@@ -14,7 +14,8 @@ from ghoststore.errors import CorruptError
 from ghoststore.store import Part
 from ghoststore.store.spans.reader import stream
 from query.search.part_score import Term
-from query.search.search import Ranking, search, similarities
+from query.search.search import search, similarities
+from query.search.top_k import Ranking
 from query.search.units import Units, on_threads
 from tests.support.made_parts import DIMENSION, SPAN_ROWS, clustered, make_part
 

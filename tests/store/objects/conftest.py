@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,9 +33,16 @@ class Bucket:
         return self.lab.build(Path(f"s3:/bucket/{name}"), *options)
 
     def killed(self, name: str, number: int, *, after: bool = False) -> int:
-        """Kill a build at its ``number``-th request that writes: before the server gets it, or after it did it.
+        """:meth:`killed_command` of a build."""
+        words = ["build", "--store", f"s3://bucket/{name}", "--checkpoint", str(self.lab.checkpoint), "--quiet"]
+        return self.killed_command(
+            [*words, "--data", str(self.lab.corpus), "--span-rows", "6", "--name", "part"], number, after=after
+        )
 
-        Returns the number of such requests; if there were fewer, the build ended by itself.
+    def killed_command(self, words: Sequence[str], number: int, *, after: bool = False) -> int:
+        """Kill a command at its ``number``-th request that writes: before the server gets it, or after it did it.
+
+        Returns the number of such requests; if there were fewer, the command ended by itself.
         """
         pids: list[int] = []
         started, lock, writes = threading.Event(), threading.Lock(), [0]
@@ -55,8 +62,7 @@ class Bucket:
             self.server.lose = kill
         else:
             self.server.refuse = kill
-        words = ["build", "--store", f"s3://bucket/{name}", "--checkpoint", str(self.lab.checkpoint), "--quiet"]
-        pids.append(self.lab.start(*words, "--data", str(self.lab.corpus), "--span-rows", "6", "--name", "part"))
+        pids.append(self.lab.start(*words))
         started.set()
         outcome = self.lab.wait(pids[0])
         assert outcome.code == (-signal.SIGKILL if writes[0] >= number else 0), outcome.err

@@ -303,12 +303,6 @@ def test_a_run_that_is_not_at_its_end_is_not_copied(bucket: Bucket, half: Path) 
     assert Store.open("s3://bucket/half").run_names() == []
 
 
-def test_training_there_is_refused_with_what_works(bucket: Bucket, tmp_path: Path) -> None:
-    asked = {"data": bucket.lab.corpus, "val_set": bucket.lab.corpus, "architecture": "GPT2-Tiny"}
-    with pytest.raises(UsageError, match="--to-store s3://bucket/trained"):
-        ghoststore.train(store="s3://bucket/trained", output_dir=tmp_path / "out", **asked)
-
-
 def test_an_index_asks_for_the_rows_that_it_ranks_again(bucket: Bucket, tmp_path: Path) -> None:
     store = made(bucket, "ranked")
     here = make_part(tmp_path / "store", clustered())
@@ -325,16 +319,3 @@ def test_an_index_asks_for_the_rows_that_it_ranks_again(bucket: Bucket, tmp_path
     np.testing.assert_array_equal(read.numpy(), CheckedRows(there, table).read(range(len(rows))).numpy())
     with pytest.raises(UsageError, match="leave `store` out"):
         ghoststore.doctor(checkpoint=bucket.lab.checkpoint, store="s3://bucket/trained")
-
-
-def test_a_loop_with_scores_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from indexer.session.run_plan import RunPlan
-
-    monkeypatch.chdir(tmp_path)
-    plan = RunPlan.__new__(RunPlan)
-    object.__setattr__(plan, "store", "s3://bucket/loops")
-    object.__setattr__(plan, "name", "run")
-    for step in (plan.open, plan.refuse_other):
-        with pytest.raises(UsageError, match="training is not done in object storage"):
-            step()
-    assert not list(tmp_path.iterdir())

@@ -1,0 +1,94 @@
+"""The leading eigenvectors of a second moment whose terms go by once.
+
+An axis no longer than its random directions keeps the sum of all terms. Of a longer one that matrix is never formed: a
+Nyström approximation gives its leading eigenvectors from its products with the directions (Tropp et al. 2017,
+"Fixed-rank approximation of a positive-semidefinite matrix from streaming data"). It depends on the space that these
+span, so they are made orthonormal only where rounding would tell.
+
+Legend: n the length of an axis, m its random directions, k the wanted eigenvectors, C columns of terms.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from indexer.projection import draws
+from indexer.projection.kfac import MomentFactor
+
+OVERSAMPLING = 3
+"""Number of random directions for each wanted eigenvector."""
+LEAST_DIRECTIONS = 64
+"""Least number of random directions, for the case of few eigenvectors and a slowly falling spectrum."""
+ROUNDING = 2.0**-20
+"""Eigenvalues below this share of the largest are rounding errors of float32 sums."""
+WELL_CONDITIONED = 2
+"""From so many times the directions on, the length of an axis makes gaussian numbers nearly orthogonal."""
+
+
+class Leading:
+    """The ``k`` leading eigenvectors of the mean of terms Y Yᵀ that are added one by one. Memory: n × 2 m numbers."""
+
+    def __init__(self, key: str, n: int, k: int, device: torch.device) -> None:
+        self.k = k
+        self._n, m = n, random_directions(n, k)
+        self._directions: Tensor | None = None
+        """(n, m); None of a short axis, where they would be all there are."""
+        if m < n:
+            drawn = torch.from_numpy(draws.gaussian(key, m, n)).t()
+            drawn = drawn if n >= WELL_CONDITIONED * m else torch.linalg.qr(drawn).Q
+            self._directions = drawn.contiguous().to(device)
+        self._products = torch.zeros(n, m, device=device)
+        self._trace = torch.zeros((), dtype=torch.float64, device=device)
+        self._terms = 0
+
+    def add(self, y_NC: Tensor, terms: int) -> None:
+        """Add ``terms`` terms at once: the columns of their Y side by side, (n, columns)."""
+        right_CM = y_NC.t() if self._directions is None else y_NC.t() @ self._directions
+        self._products.addmm_(y_NC, right_CM)
+        self._trace += torch.linalg.vector_norm(y_NC).double().square()
+        self._terms += terms
+
+    def factor(self) -> MomentFactor:
+        """The k largest eigenvalues and their eigenvectors. The sign of a vector makes its largest number positive.
+
+        ValueError if the mean is zero or not finite.
+        """
+        products = self._products.double().cpu() / self._terms
+        trace, size = float(self._trace) / self._terms, float(products.norm())
+        if not (0 < size < math.inf and 0 < trace < math.inf):
+            raise ValueError("the gradients are zero or not finite")
+        if self._directions is None:
+            values, vectors = torch.linalg.eigh((products + products.t()) / 2)
+            rows = vectors.flip(1)[:, : self.k].t()
+        else:
+            values, rows = self._approximated(products, self._directions.double().cpu())
+        values = values.flip(0)[: self.k].clamp_min(0)
+        signs = rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
+        outside = self._n - self.k
+        rest = max(0.0, trace - float(values.sum())) / outside if outside else 0.0
+        return MomentFactor((rows * signs).float().contiguous(), values.float(), rest)
+
+    def _approximated(self, products_NM: Tensor, directions_NM: Tensor) -> tuple[Tensor, Tensor]:
+        """(the m eigenvalues, ascending, the k leading eigenvectors as rows): those of B Bᵀ for
+        B = products · (directionsᵀ products)^-½, by the eigenvectors of the small Bᵀ B.
+        """
+        core = directions_NM.t() @ products_NM
+        inner, turn = torch.linalg.eigh((core + core.t()) / 2)
+        root = turn * torch.where(inner > ROUNDING * inner[-1], inner.rsqrt(), 0.0)
+        small = root.t() @ (products_NM.t() @ products_NM) @ root
+        values, turn = torch.linalg.eigh((small + small.t()) / 2)
+        # Not divided by their lengths but made orthonormal, for some may be zero.
+        return values, torch.linalg.qr(products_NM @ (root @ turn.flip(1)[:, : self.k])).Q.t()
+
+
+def random_directions(n: int, k: int) -> int:
+    """m for k eigenvectors of an axis of length n."""
+    return min(n, max(OVERSAMPLING * k, LEAST_DIRECTIONS))
+
+
+def leading_bytes(n: int, k: int) -> int:
+    """The most bytes of a :class:`Leading` on the device."""
+    return 2 * 4 * n * random_directions(n, k)
