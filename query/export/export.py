@@ -5,8 +5,6 @@ from __future__ import annotations
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import ExportOptions
 from ghoststore.store.manage.export import ExportReport, export_vectors
-from query.export.atlas import export_atlas
-from query.export.dataset import export_dataset
 
 
 @takes(ExportOptions)
@@ -27,13 +25,18 @@ def export(options: ExportOptions) -> ExportReport:
     ``format="datasets"`` writes a part to a folder that ``datasets.load_from_disk`` opens: the same columns, and the
     ``text`` of each row, from the store or the corpus (``data``). ``format="embedding-atlas"`` writes a ``.parquet``
     file for that program: the columns but the vectors, ``text``, a place ``x``, ``y`` on a map of the vectors, and the
-    ``neighbors`` nearest rows by cosine, see `query.export.atlas`; ``max_rows`` takes a random sample by ``seed``.
+    ``neighbors`` nearest rows by cosine; ``max_rows`` takes a random sample by ``seed``.
 
     UsageError for an unknown form, a file that exists, and more rows than a map takes; CorruptError if what is read is
     damaged, StorageError if the disk refuses.
     """
+    # Imported where they are used: a table of vectors needs no torch.
     if options.format == "embedding-atlas":
+        from query.export.atlas import export_atlas
+
         return export_atlas(options)
     if options.format == "datasets":
+        from query.export.dataset import export_dataset
+
         return export_dataset(options)
     return export_vectors(options)
