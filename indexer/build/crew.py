@@ -19,7 +19,7 @@ from ghoststore.settings.option import parameters_of
 from ghoststore.store import Store
 from ghoststore.store.info import describe
 from indexer.build.inputs import existing_part, part_name
-from indexer.build.report import BuildReport
+from indexer.build.report import BUILDING, BuildReport
 
 PIECES = 8
 """Lists of spans that a worker gets, one after the other, if all are equally fast."""
@@ -99,6 +99,8 @@ class _Place:
         self.leaving = False
         """Whether it was told that nothing is left to do."""
         self.bars: dict[int, Task] = {}
+        self.built: set[int] = set()
+        """Its tasks whose rows are those of spans: it may be at the corpus still when others build."""
 
     def end(self) -> None:
         self.hand.end()
@@ -214,7 +216,7 @@ class _Crew:
         length = max(1, len(missing) // (PIECES * self._count))
         self._pieces = deque(missing[at : at + length] for at in range(0, len(missing), length))
         if missing:
-            self._task = self._progress.task("building", part.layout.rows, done=part.rows)
+            self._task = self._progress.task(BUILDING, part.layout.rows, done=part.rows)
 
     def _replace(self, place: _Place, death: Death) -> None:
         """After its worker has ended: if it was not to, start another, for what it has not committed."""
@@ -253,8 +255,10 @@ class _Crew:
             self._progress.note(event.words)
             return
         assert event.task is not None
+        if event.begins is not None and event.begins[0] == BUILDING:
+            place.built.add(event.task)
         if self._pieces is not None:
-            if event.rows and self._task is not None:
+            if event.rows and event.task in place.built and self._task is not None:
                 place.rows += event.rows
                 self._task.advance(event.rows, event.tokens)
         elif event.begins is not None and (self._shown is None or self._shown is place):

@@ -10,6 +10,9 @@ from ghoststore.store.spans.layout import CRC_BYTES
 from indexer.build.calibrate import learning_bytes
 from indexer.build.job import BuildJob
 
+BUILDING = "building"
+"""What a task of progress is called whose rows are those of spans."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildReport:

@@ -21,12 +21,13 @@ from ghoststore.store.part.sealing import seal_vectors
 from ghoststore.store.spans.writer import BackgroundWriter, SpanData
 from indexer.build.corpus_plan import rows_of_spans, sample_columns
 from indexer.build.job import BuildJob
+from indexer.build.report import BUILDING
 from indexer.encode.encoder import RowEncoder, encode_rows
 from indexer.encode.tokens import Row
 
 
 def compute_spans(
-    part: Part, job: BuildJob, progress: Progress, only: Collection[int] | None = None, verb: str = "building"
+    part: Part, job: BuildJob, progress: Progress, only: Collection[int] | None = None, verb: str = BUILDING
 ) -> dict[str, float]:
     """Compute and commit every span without a record; with ``only``, only those of them. Returns seconds by kind of
     work. ``verb`` begins the line of progress.
