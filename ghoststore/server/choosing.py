@@ -12,29 +12,16 @@ from typing import Any, Self
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.server.command_line import command_line
-from ghoststore.server.questions import check_rows
+from ghoststore.server.questions import RANKING, given_of
 from ghoststore.settings.question import SelectOptions
 from ghoststore.settings.serve import ServeOptions
 from ghoststore.shown import json_text
 from query.select.select import select
 
-QUESTION = (
-    "val_set",
-    "minus",
-    "part",
-    "group_field",
-    "combine",
-    "metric",
-    "where",
-    "layers",
-    "exclude_layers",
-    "lexical",
-    "phrase",
-    "max_samples",
-)
 HOW_MUCH = ("fraction", "count", "threshold", "threshold_nats", "token_budget")
-OFFERED = (*QUESTION, *HOW_MUCH, "quotas", "diversity", "diversity_weight", "candidates", "leaks", "order")
-"""Options of ``ghoststore.select`` that a request may have, beside ``source_rows`` and ``form``."""
+OFFERED = (*RANKING, *HOW_MUCH, "quotas", "diversity", "diversity_weight", "candidates", "leaks", "order")
+"""Options of ``ghoststore.select`` that a request may have, beside those of :data:`OWN`."""
+OWN = ("source_rows", "form")
 FORMS = ("jsonl", "parquet")
 MOST_BYTES = 64 << 20
 """Of the rows in an answer."""
@@ -50,18 +37,10 @@ class Choosing:
     @classmethod
     def of(cls, request: Mapping[str, Any]) -> Self:
         """``request``, checked. ``source_rows`` picks rows of the corpus by hand: all of them, and no others."""
-        given = {name: value for name, value in request.items() if value is not None}
-        picked, form = given.pop("source_rows", None), given.pop("form", FORMS[0])
-        for name in given:
-            if name not in OFFERED:
-                raise UsageError(
-                    f"choosing has no keyword {name!r} in the explorer; it has {', '.join(OFFERED)}, source_rows, form"
-                )
+        options = given_of(request, "choosing in the explorer", (*OFFERED, *OWN))
+        picked, form = options.pop("source_rows", None), options.pop("form", FORMS[0])
         if form not in FORMS:
             raise UsageError(f"`form` is one of {', '.join(FORMS)}, not {form!r:.40}")
-        options = check_rows(given)
-        if not isinstance(options.get("part", ""), str):
-            raise UsageError(f"`part` is the name of one part, not {options['part']!r:.80}")
         return cls(options if picked is None else _by_hand(options, picked), form)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -25,13 +25,9 @@ MOST_ROWS = 1000
 """Rows of a ranking."""
 ROWS = ("val_set", "minus")
 """Of a question: lists of texts, or of rows as in a jsonl file."""
-OFFERED = (
+RANKING = (
     *ROWS,
-    "near",
     "part",
-    "top_k",
-    "bottom_k",
-    "each",
     "group_field",
     "combine",
     "metric",
@@ -40,10 +36,10 @@ OFFERED = (
     "exclude_layers",
     "lexical",
     "phrase",
-    "tokens",
-    "histogram",
     "max_samples",
 )
+"""Options that say what rows are ranked by: for an answer, or to choose some of them."""
+OFFERED = (*RANKING, "near", "top_k", "bottom_k", "each", "tokens", "histogram")
 """Options of ``ghoststore.query`` that a question may have: none of them writes a file, or reads one."""
 
 
@@ -97,8 +93,13 @@ class Questions:
         """Give up what is asked, now and ever after. Any thread, and a handler of a signal, may call it."""
         self._ended.set()
 
+    def let_go(self) -> None:
+        """Let go of the model, whichever store of the server it is of: one is kept at a time."""
+        for questions in self._together:
+            questions.close()
+
     def close(self) -> None:
-        """Let go of the model."""
+        """Let go of the model of this store."""
         if self._session is not None:
             self._session.close()
             self._session = None
@@ -124,8 +125,7 @@ class Questions:
         """The session of part ``name``: the one that is open, if it is of that part and the part is the same still."""
         part = Store.open(self._options.store).part(name)
         if self._session is None or self._session.name != part.name or self._manifest != part.manifest:
-            for questions in self._together:  # one model at a time
-                questions.close()
+            self.let_go()
             own = {spec.name for spec in fields(ServeOptions)}  # a server has fewer options than a session
             given = {key: getattr(self._options, key) for key in OF_SESSION if key in own}
             self._session, self._manifest = open_session(**given, part=part.name), part.manifest
@@ -136,24 +136,25 @@ def check(question: Mapping[str, Any]) -> dict[str, Any]:
     """``question`` as keywords of a session. UsageError for options that are unknown, and for val sets that are no
     lists of texts or rows: a word would be a path.
     """
-    for name in question:
-        if name not in OFFERED:
-            raise UsageError(f"a question to the explorer has no keyword {name!r}; it has {', '.join(OFFERED)}")
-    given = {name: value for name, value in question.items() if value is not None}
+    given = given_of(question, "a question to the explorer", OFFERED)
     if "val_set" not in given and "near" not in given:
         raise UsageError("a question needs a `val_set`: a list of texts, or of rows; or a row to be `near`")
-    given = check_rows(given)
-    if not isinstance(given.get("part", ""), str):
-        raise UsageError(f"`part` is the name of one part, not {given['part']!r:.80}")
     for name in ("top_k", "bottom_k"):
         if isinstance(given.get(name), int) and given[name] > MOST_ROWS:
             raise UsageError(f"`{name}={given[name]}`: the explorer ranks at most {MOST_ROWS:,} rows")
     return given
 
 
-def check_rows(question: Mapping[str, Any]) -> dict[str, Any]:
-    """``question`` with its val sets as rows. UsageError where they are no lists of texts or rows."""
-    given = dict(question)
+def given_of(request: Mapping[str, Any], what: str, offered: Sequence[str]) -> dict[str, Any]:
+    """The options of ``request`` that are given, with its val sets as rows. UsageError for keywords that are not
+    ``offered``, for val sets that are no lists of texts or rows, and for several parts.
+    """
+    for name in request:
+        if name not in offered:
+            raise UsageError(f"{what} has no keyword {name!r:.80}; it has {', '.join(offered)}")
+    given = {name: value for name, value in request.items() if value is not None}
+    if not isinstance(given.get("part", ""), str):
+        raise UsageError(f"`part` is the name of one part, not {given['part']!r:.80}")
     for name in ROWS:
         rows = given.get(name, [""])
         if not isinstance(rows, list) or not rows or not any(_all(rows, kind) for kind in (str, dict)):

@@ -38,7 +38,7 @@ class Views:
         chosen = Choosing.of(await object_of(request))
 
         def work(progress: Progress) -> bytes:
-            self._questions.close()  # one model at a time
+            self._questions.let_go()
             return choose(self._options, chosen, progress)
 
         work_of = partial(self._questions.work, work)

@@ -58,6 +58,12 @@ def test_each_store_answers_by_its_name(explorer: ghoststore.Explorer, built: Pa
         assert open_models == [explorer._asked[name]]
 
 
+def test_choosing_lets_go_of_the_model_of_any_store(explorer: ghoststore.Explorer) -> None:
+    got(explorer, "/api/stores/built/query", QUESTION)
+    got(explorer, "/api/stores/small/select", {"val_set": QUESTION["val_set"], "count": 2})
+    assert [name for name, asked in explorer._asked.items() if asked._session is not None] == []
+
+
 def test_stores_are_asked_at_once(explorer: ghoststore.Explorer) -> None:
     """From two threads: each gets the answer of its store."""
     wanted = {name: got(explorer, f"/api/stores/{name}/query", QUESTION) for name in ("built", "small")}

@@ -108,6 +108,7 @@ def test_rows_by_hand_and_the_command_line(explorer: ghoststore.Explorer, tmp_pa
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"count": 3, "out": "/tmp/x"}, "no keyword 'out'"),
     ({"count": 3, "report": "/tmp/x.json"}, "no keyword 'report'"),
+    ({"count": 3, "card": True}, "no keyword 'card'"),
     ({"count": 3, "data": "/etc/passwd"}, "no keyword 'data'"),
     ({"count": 3, "val_set": "/etc/passwd"}, "is a list of texts"),
     ({"count": 3, "form": "../x"}, "`form` is one of jsonl, parquet"),
