@@ -9,13 +9,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
+import numpy as np
+
 from ghoststore.errors import UsageError
-from ghoststore.progress import Progress
 from ghoststore.server.command_line import command_line
-from ghoststore.server.questions import RANKING, given_of
+from ghoststore.server.questions import RANKING, Watched, given_of
 from ghoststore.settings.question import SelectOptions
 from ghoststore.settings.serve import ServeOptions
 from ghoststore.shown import json_text
+from ghoststore.store import Part, Status, Store
 from query.select.select import select
 
 HOW_MUCH = ("fraction", "count", "threshold", "threshold_nats", "token_budget")
@@ -29,10 +31,12 @@ MOST_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Choosing:
-    """A request for rows: options of ``ghoststore.select``, and the form of the file."""
+    """A request for rows: options of ``ghoststore.select``, the form of the file, and rows picked by hand."""
 
     options: Mapping[str, Any]
     form: str
+    picked: frozenset[int] = frozenset()
+    """Rows of the corpus, which ``options`` choose, all of them; none where they choose among all rows."""
 
     @classmethod
     def of(cls, request: Mapping[str, Any]) -> Self:
@@ -41,7 +45,17 @@ class Choosing:
         picked, form = options.pop("source_rows", None), options.pop("form", FORMS[0])
         if form not in FORMS:
             raise UsageError(f"`form` is one of {', '.join(FORMS)}, not {form!r:.40}")
-        return cls(options if picked is None else _by_hand(options, picked), form)
+        return cls(options, form) if picked is None else cls(_by_hand(options, picked), form, frozenset(picked))
+
+    def refuse_missing(self, part: Part) -> None:
+        """UsageError for picked rows that ``part`` has no vector of."""
+        usable = [status for status in Status if status.usable]
+        missing = self.picked.difference(part.column("source_row")[np.isin(part.column("status"), usable)].tolist())
+        if missing:
+            raise UsageError(
+                f"`source_rows`: part {part.name!r} has no vector of {len(missing):,} of {len(self.picked):,} rows, "
+                f"the first is row {min(missing):,} of the corpus: leave them out"
+            )
 
 
 def _by_hand(options: dict[str, Any], rows: Any) -> dict[str, Any]:
@@ -54,12 +68,14 @@ def _by_hand(options: dict[str, Any], rows: Any) -> dict[str, Any]:
     return {**options, "where": f"source_row IN ({wanted})", "fraction": 1.0, "leaks": "keep"}
 
 
-def choose(options: ServeOptions, chosen: Choosing, progress: Progress) -> bytes:
+def choose(options: ServeOptions, chosen: Choosing, progress: Watched) -> bytes:
     """JSON: the ``report`` of ``ghoststore.select``, its ``files`` (``name`` and ``base64``), notes and command line.
 
-    The files are those that it writes: rows, and the list of the rows. Raises what it raises, and UsageError where the
-    rows have more than 64 MiB.
+    The files are those that it writes: rows, and the list of the rows. Raises what it raises, and UsageError for picked
+    rows that cannot be ranked, and where the rows have more than 64 MiB.
     """
+    if chosen.picked:
+        chosen.refuse_missing(Store.open(options.store).part(chosen.options.get("part")))
     out = f"chosen.{chosen.form}"
     served = {name: getattr(options, name) for name in ("store", "checkpoint", "base", "tokenizer", "data", "device")}
     with TemporaryDirectory(prefix="ghoststore-") as folder:
@@ -73,5 +89,5 @@ def choose(options: ServeOptions, chosen: Choosing, progress: Progress) -> bytes
         contents = [{"name": file.name, "base64": b64encode(file.read_bytes()).decode()} for file in files]
     shown = {**report.to_json(), "out": out, "report": f"{out}.report.json", "rows_file": files[1].name}
     command = command_line(options, {**chosen.options, "out": out}, SelectOptions)
-    notes = getattr(progress, "notes", [])
-    return json_text({"report": shown, "files": contents, "explorer": {"command": command, "notes": notes}}).encode()
+    beside = {"command": command, "notes": progress.notes}
+    return json_text({"report": shown, "files": contents, "explorer": beside}).encode()

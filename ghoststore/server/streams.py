@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from ghoststore.errors import BusyError, GhostStoreError
 from ghoststore.server.problems import description
@@ -32,7 +33,7 @@ class Streams:
         """A response of ``events``, closed when its reader goes. BusyError if too many are open."""
         if self._open >= MOST_STREAMS:
             raise BusyError(f"{self._open} streams are open already: close a page that watches a run")
-        return StreamingResponse(self._written(events), media_type="text/event-stream; charset=utf-8")
+        return _Counted(self, events)
 
     async def pause(self, seconds: float) -> None:
         """Wait so long, or until the server ends."""
@@ -42,12 +43,25 @@ class Streams:
             await asyncio.sleep(LOOKS)
 
     async def _written(self, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
-        self._open += 1  # not before: of a reader that has gone already this never begins
         try:
             async for name, data in events:
                 yield f"event: {name}\ndata: {json_text(data)}\n\n".encode()
         except GhostStoreError as error:  # the status has gone out already
             yield f"event: problem\ndata: {json_text(description(error))}\n\n".encode()
         finally:
-            self._open -= 1
             await events.aclose()  # type: ignore[attr-defined]
+
+
+class _Counted(StreamingResponse):
+    """Counts as open from the moment that it is begun, which is that of the check: nothing else runs in between."""
+
+    def __init__(self, streams: Streams, events: AsyncIterator[Event]) -> None:
+        super().__init__(streams._written(events), media_type="text/event-stream; charset=utf-8")
+        self._streams = streams
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._streams._open += 1
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._streams._open -= 1

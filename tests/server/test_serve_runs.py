@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -212,6 +214,17 @@ def test_so_many_streams(tmp_path: Path) -> None:
                     break
         for one in opened:
             one.__exit__(None, None, None)
+
+
+def test_no_more_streams_when_all_are_asked_for_at_once(tmp_path: Path) -> None:
+    append(make(tmp_path / "store"), 0, 5)
+    with ghoststore.serve(tmp_path / "store") as explorer, ExitStack() as opened:
+        connections = [HTTPConnection("127.0.0.1", explorer.port, timeout=60) for _ in range(2 * MOST_STREAMS)]
+        for connection in connections:
+            opened.callback(connection.close)
+            connection.request("GET", "/api/runs/run/events", headers={"authorization": f"Bearer {explorer.token}"})
+        statuses = [connection.getresponse().status for connection in connections]
+    assert sorted(statuses) == [200] * MOST_STREAMS + [503] * MOST_STREAMS
 
 
 @pytest.mark.slow
