@@ -132,9 +132,7 @@ class Interface:
     async def sample(self, request: Request) -> Response:
         """One sample of a part, by its row in the corpus."""
         part, row = request.path_params["part"], row_of(request)
-        found = await asyncio.to_thread(sample, str(self._options.store), part, row, self._options.data, Silent())
-        if found is None:
-            raise HTTPException(404, f"part {part!r} has no row of the corpus's row {row:,}")
+        found = await asyncio.to_thread(sample, self._options, part, row, Silent())
         return Response(json_text(found).encode(), media_type=JSON)
 
     async def query(self, request: Request) -> Response:
@@ -167,6 +165,8 @@ class Interface:
 
     async def verify_events(self, request: Request) -> Response:
         """``ghoststore verify``, with its progress, as server-sent events. It ends when the asker goes."""
+        if other := sorted(set(request.query_params) - {"part", "run"}):
+            raise UsageError(f"verify has no parameter {other[0]!r:.80}; it has part, run")
         part, run = (request.query_params.get(kind) for kind in ("part", "run"))
         return self._streams.response(self._checks.events(part, run))
 

@@ -17,7 +17,7 @@ ERRORS = {
     "400": "The question cannot be used as given (exit code 2).",
     "401": "The token is missing, or another one.",
     "403": "Another host or origin.",
-    "404": "There is no such part, row or run.",
+    "404": "There is no such row, run or store; of a part see 400.",
     "409": "Settings do not fit what is stored (exit code 3).",
     "413": "The body is too large.",
     "415": "The body is not said to be JSON.",
@@ -82,7 +82,7 @@ def document() -> dict[str, Any]:
                 **_operation(
                     "`progress` (what, done, total, unit), then `report`, what `ghoststore verify --json` "
                     "prints, or `problem` with an error. It stops when its reader goes.",
-                    "503",
+                    "400 503",
                     EVENTS,
                 ),
                 "parameters": [

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from starlette.exceptions import HTTPException
 
 from ghoststore.corpus import Position
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.server.command_line import sample_command
 from ghoststore.settings.serve import ServeOptions
-from ghoststore.settings.shared import Data
 from ghoststore.store import Part, Status, Store
 from ghoststore.store.part.kept import python_values, read_field
 from query.common.texts import corpus_behind, texts_of
@@ -20,16 +21,14 @@ from query.select.leaks import OVERLAP, SHINGLE_WORDS, SHOWN, LeakCheck
 from query.training_scores.scores import scores
 
 
-def sample(store: str, name: str, source_row: int, data: Data | None, progress: Progress) -> dict[str, Any] | None:
-    """The sample at ``source_row`` of the corpus that part ``name`` was made of; None if the part has no row of it.
+def sample(options: ServeOptions, name: str, source_row: int, progress: Progress) -> dict[str, Any]:
+    """The sample at ``source_row`` of the corpus that part ``name`` was made of.
 
     ``rows`` are its windows, by their number in the part. ``text`` is None where the corpus is gone or has changed.
-    Raises UsageError if there is no such part, CorruptError for damaged rows.
+    Raises UsageError if there is no such part, CorruptError for damaged rows, and what :func:`rows_of` raises.
     """
-    part = Store.open(store).part(name)
-    rows = part.row_numbers[part.column("source_row") == source_row]
-    if not len(rows):
-        return None
+    part = Store.open(options.store).part(name)
+    rows = rows_of(part, source_row)
     columns = ("sample_id", "domain", "status", "n_tokens", "loss", "window_start")
     ids, domains, statuses, tokens, losses, starts = (part.read_rows(column, rows) for column in columns)
     return {
@@ -37,7 +36,7 @@ def sample(store: str, name: str, source_row: int, data: Data | None, progress: 
         "source_row": source_row,
         "id": str(ids[0]),
         "domain": part.domains[domains[0]] if domains[0] >= 0 else None,
-        "text": texts_of(part, [int(rows[0])], progress, data)[0],
+        "text": texts_of(part, [int(rows[0])], progress, options.data)[0],
         "fields": _fields(part, int(rows[0])),
         "rows": [
             {
@@ -56,14 +55,11 @@ def history(options: ServeOptions, name: str, source_row: int, progress: Progres
     """Where the sample at ``source_row`` of the corpus of part ``name`` was trained on: ``runs``, each with what
     ``ghoststore scores --sample`` says of its id, ``problem`` where that has nothing to say, and the command line.
 
-    The same id in the corpus of a run is taken for the same sample. UsageError for a row that the part does not have.
+    The same id in the corpus of a run is taken for the same sample. Raises what :func:`rows_of` raises.
     """
     store = Store.open(options.store)
     part = store.part(name)
-    rows = part.row_numbers[part.column("source_row") == source_row]
-    if not len(rows):
-        raise UsageError(f"part {name!r} has no row of the corpus's row {source_row:,}")
-    sample_id = str(part.read_rows("sample_id", rows[:1])[0])
+    sample_id = str(part.read_rows("sample_id", rows_of(part, source_row)[:1])[0])
     runs: list[dict[str, Any]] = []
     for run in store.run_names():
         found: dict[str, Any] = {"run": run, "command": sample_command(options, run, sample_id)}
@@ -80,13 +76,11 @@ def duplicates(options: ServeOptions, name: str, source_row: int, progress: Prog
     """The samples of the corpus of part ``name`` that are near-duplicates of the one at ``source_row``: that hold at
     least half of its runs of 8 words, as ``select`` looks for those of a val set. The most similar first.
 
-    Reads the corpus once. UsageError for a row that the part does not have and for a corpus that is gone,
-    MismatchError if it has changed.
+    Reads the corpus once. UsageError for a corpus that is gone, MismatchError if it has changed, and what
+    :func:`rows_of` raises.
     """
     part = Store.open(options.store).part(name)
-    rows = part.row_numbers[part.column("source_row") == source_row]
-    if not len(rows):
-        raise UsageError(f"part {name!r} has no row of the corpus's row {source_row:,}")
+    rows = rows_of(part, source_row)
     file, offset = (int(part.read_rows(column, rows[:1])[0]) for column in ("source_file", "source_offset"))
     corpus = corpus_behind(part, options.data)
     found = corpus.fetch([Position(source_row=source_row, file=file, offset=offset)])
@@ -103,6 +97,14 @@ def duplicates(options: ServeOptions, name: str, source_row: int, progress: Prog
         "found": len(check.found),
         "rows": [{"id": leak.id, "source_row": leak.source_row, "overlap": leak.overlap} for leak in shown],
     }
+
+
+def rows_of(part: Part, source_row: int) -> NDArray[np.int64]:
+    """The rows of ``part`` that are of ``source_row`` of its corpus, at least one. HTTPException 404 for none."""
+    rows = part.row_numbers[part.column("source_row") == source_row]
+    if not len(rows):
+        raise HTTPException(404, f"part {part.name!r} has no row of the corpus's row {source_row:,}")
+    return rows
 
 
 def _fields(part: Part, row: int) -> dict[str, Any]:

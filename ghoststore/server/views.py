@@ -13,7 +13,7 @@ from ghoststore.progress import Progress
 from ghoststore.server.bodies import object_of, while_wanted
 from ghoststore.server.choosing import Choosing, choose
 from ghoststore.server.problems import JSON
-from ghoststore.server.questions import Questions
+from ghoststore.server.questions import Questions, Watched
 from ghoststore.server.samples import duplicates, history
 from ghoststore.settings.serve import ServeOptions
 from ghoststore.shown import json_text
@@ -37,7 +37,7 @@ class Views:
         """What ``ghoststore select`` writes."""
         chosen = Choosing.of(await object_of(request))
 
-        def work(progress: Progress) -> bytes:
+        def work(progress: Watched) -> bytes:
             self._questions.let_go()
             return choose(self._options, chosen, progress)
 

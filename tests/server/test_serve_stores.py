@@ -140,6 +140,7 @@ def test_verify_is_what_the_command_says(built: Path, other: Path, tmp_path: Pat
         with answered(explorer, "/api/verify/events?part=nonesuch") as answer:
             last = list(events(answer))[-1]
         assert (last[0], last[1]["error"]["type"]) == ("problem", "UsageError")
+        assert "no parameter 'prat'" in got(explorer, "/api/verify/events?prat=part", status=400)["error"]["message"]
 
 
 class StopsAfter(Listener):

@@ -36,6 +36,7 @@ def store(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [LONG, f"{LONG} eleven", "one two three four"]
     odd = [{"id": f"odd {place}", "text": text, "domain": "odd"} for place, text in enumerate(texts)]
     rows = [row | {"note": f"é {place}"} for place, row in enumerate([*lab.sample_rows(20), *odd])]
+    rows.append({"id": "empty", "text": "", "domain": "odd", "note": "no vector"})
     corpus = lab.write(folder / "corpus.jsonl", rows)
     ghoststore.build(checkpoint=lab.checkpoint, data=corpus, store=folder / "store", name="part")
     return folder / "store"
@@ -117,7 +118,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"source_rows": ["1) OR (1=1"]}, "a list of rows of the corpus"),
     ({"source_rows": [True]}, "a list of rows of the corpus"),
     ({"source_rows": []}, "a list of rows of the corpus"),
-    ({"source_rows": [900]}, "match"),
+    ({"source_rows": [900]}, "part 'part' has no vector of 1 of 1 rows, the first is row 900 of the corpus"),
+    ({"source_rows": [3, 24, 23, 900]}, "no vector of 3 of 4 rows, the first is row 23 of the corpus"),
     ({}, "fraction"),
 ]
 
@@ -141,7 +143,7 @@ def test_near_duplicates(explorer: ghoststore.Explorer) -> None:
     assert found["rows"] == [{"id": "odd 1", "source_row": 21, "overlap": 1.0}]
     assert ask(explorer, "sample/part/21/duplicates")["rows"] == [{"id": "odd 0", "source_row": 20, "overlap": 0.75}]
     assert ask(explorer, "sample/part/22/duplicates")["found"] == 0
-    assert ask(explorer, "sample/part/900/duplicates")[0] == 400
+    assert ask(explorer, "sample/part/900/duplicates") == (404, "part 'part' has no row of the corpus's row 900")
     assert ask(explorer, "sample/part/x/duplicates")[0] == 404
 
 
@@ -176,6 +178,12 @@ def test_where_it_was_trained_on(lab: Lab, tmp_path: Path) -> None:
     line = run["command"].replace("ghoststore", f"{sys.executable} -m ghoststore", 1) + " --json --quiet"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["history"] == run["history"]
+
+
+def test_a_row_or_a_part_that_is_none_is_said_alike_by_all_addresses(explorer: ghoststore.Explorer) -> None:
+    for behind in ("", "/runs", "/duplicates"):
+        assert ask(explorer, f"sample/part/900{behind}")[0] == 404
+        assert ask(explorer, f"sample/nonesuch/0{behind}")[0] == 400
 
 
 @pytest.mark.parametrize("path", ["select", "sample/part/0/runs", "sample/part/0/duplicates"])
