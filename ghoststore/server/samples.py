@@ -101,7 +101,7 @@ def duplicates(options: ServeOptions, name: str, source_row: int, progress: Prog
 
 def rows_of(part: Part, source_row: int) -> NDArray[np.int64]:
     """The rows of ``part`` that are of ``source_row`` of its corpus, at least one. HTTPException 404 for none."""
-    rows = part.row_numbers[part.column("source_row") == source_row]
+    rows: NDArray[np.int64] = part.row_numbers[part.column("source_row") == source_row]
     if not len(rows):
         raise HTTPException(404, f"part {part.name!r} has no row of the corpus's row {source_row:,}")
     return rows

@@ -7,10 +7,10 @@ import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import StreamingResponse
 
 from ghoststore.errors import BusyError, GhostStoreError
+from ghoststore.server.guard import Application, Receive, Scope, Send
 from ghoststore.server.problems import description
 from ghoststore.shown import json_text
 
@@ -29,11 +29,20 @@ class Streams:
         self.ended = ended
         self._open = 0
 
-    def response(self, events: AsyncIterator[Event]) -> Response:
+    def response(self, events: AsyncIterator[Event]) -> Application:
         """A response of ``events``, closed when its reader goes. BusyError if too many are open."""
         if self._open >= MOST_STREAMS:
             raise BusyError(f"{self._open} streams are open already: close a page that watches a run")
-        return _Counted(self, events)
+        answer = StreamingResponse(self._written(events), media_type="text/event-stream; charset=utf-8")
+
+        async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+            self._open += 1  # as soon as it was checked: nothing else runs in between
+            try:
+                await answer(scope, receive, send)
+            finally:
+                self._open -= 1
+
+        return counted
 
     async def pause(self, seconds: float) -> None:
         """Wait so long, or until the server ends."""
@@ -50,18 +59,3 @@ class Streams:
             yield f"event: problem\ndata: {json_text(description(error))}\n\n".encode()
         finally:
             await events.aclose()  # type: ignore[attr-defined]
-
-
-class _Counted(StreamingResponse):
-    """Counts as open from the moment that it is begun, which is that of the check: nothing else runs in between."""
-
-    def __init__(self, streams: Streams, events: AsyncIterator[Event]) -> None:
-        super().__init__(streams._written(events), media_type="text/event-stream; charset=utf-8")
-        self._streams = streams
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._streams._open += 1
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._streams._open -= 1
