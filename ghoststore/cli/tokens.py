@@ -49,10 +49,11 @@ def marked(text: str | None, tokens: Sequence[Token], score: float, columns: int
     """
     from query.answer.tokens import pieces, strongest
 
-    sign, chosen = (-1.0 if score < 0 else 1.0), strongest(tokens, score, MARKED)
+    found = pieces(text or "", tokens)
+    sign, chosen = (-1.0 if score < 0 else 1.0), strongest([added or 0.0 for _, added in found], score, MARKED)
     joined: list[_Piece] = []
-    for characters, place in pieces(text or "", tokens):
-        value = sign * tokens[place].score if place in chosen and place is not None else 0.0
+    for place, (characters, added) in enumerate(found):
+        value = sign * (added or 0.0) if place in chosen else 0.0
         flat = visible(SPACES.sub(" ", characters))
         if joined and value and joined[-1].score:  # neighbours share their marks
             joined[-1] = _Piece(joined[-1].text + flat, joined[-1].score + value)

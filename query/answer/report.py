@@ -250,17 +250,17 @@ def _hits(
 
 
 def colored(text: str | None, tokens: Sequence[Token]) -> list[tuple[str, str, float | None]]:
-    """``text`` as (characters, class of their color, what their token adds): ``p1`` to ``p5`` for tokens that add, the
+    """``text`` as (characters, class of their color, what their tokens add): ``p1`` to ``p5`` for those that add, the
     last most, ``n1`` to ``n5`` for those that take off; no class for what adds next to nothing, None between tokens.
     It begins at the first token, and is at most :data:`MOST_CHARACTERS` long.
     """
-    most = max((abs(token.score) for token in tokens), default=0.0) or 1.0
     first = next((token.start for token in tokens if token.start is not None), 0)
+    found = pieces((text or "")[: first + MOST_CHARACTERS], tokens)
+    most = max((abs(score) for _, score in found if score is not None), default=0.0) or 1.0
     shown: list[tuple[str, str, float | None]] = [("… ", "", None)] if first and text else []
-    for characters, place in pieces((text or "")[: first + MOST_CHARACTERS], tokens):
-        if place is None and not shown[1:] and first:
+    for characters, score in found:
+        if score is None and not shown[1:] and first:
             continue  # the windows before this one
-        score = None if place is None else tokens[place].score
         level = 0 if score is None else round(5 * abs(score) / most)
         shown.append((characters, f"{'n' if (score or 0.0) < 0 else 'p'}{level}" if level else "", score))
     left = len(text or "") - first - MOST_CHARACTERS

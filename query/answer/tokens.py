@@ -10,7 +10,7 @@ Legend: Q val vectors, H rows shown of one ranking, D numbers of a vector, T tok
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -249,31 +249,36 @@ def _tokens(encoder: PartEncoder, row: Row, scores_T: Tensor) -> list[Token]:
     ]
 
 
-def pieces(text: str, tokens: Sequence[Token]) -> Iterator[tuple[str, int | None]]:
-    """``text`` in order as (characters, place of their token, or None for those between tokens). Without a text, or
-    places of the tokens in it, the tokens alone.
+def pieces(text: str, tokens: Sequence[Token]) -> list[tuple[str, float | None]]:
+    """``text`` in order as (characters, what their tokens add, or None for those between tokens). The tokens of one
+    character are one piece. Without a text, or places of the tokens in it, each token is a piece.
     """
-    if text and any(token.start is not None for token in tokens):
-        read = 0
-        for place, token in enumerate(tokens):
-            if token.start is None or token.end is None or token.end <= read:
-                continue  # a special token, or a further part of the same character
-            start = max(token.start, read)
-            if start > read:
-                yield text[read:start], None
-            yield text[start : token.end], place
-            read = token.end
-        if read < len(text):
-            yield text[read:], None
-        return
-    for place, token in enumerate(tokens):
-        yield token.token, place
+    if not text or all(token.start is None for token in tokens):
+        return [(token.token, token.score) for token in tokens]
+    found: list[tuple[str, float | None]] = []
+    read, last = 0, None
+    for token in tokens:
+        if token.start is None or token.end is None:
+            continue  # a special token
+        if token.start >= len(text):
+            break  # the text is cut
+        if token.end <= read:  # a further part of the same character
+            if last is not None:
+                characters, score = found[last]
+                found[last] = characters, (score or 0.0) + token.score
+            continue
+        start = max(token.start, read)
+        if start > read:
+            found.append((text[read:start], None))
+        found.append((text[start : token.end], token.score))
+        read, last = token.end, len(found) - 1
+    return [*found, (text[read:], None)] if read < len(text) else found
 
 
-def strongest(tokens: Sequence[Token], score: float, most: int) -> set[int]:
-    """Places of the ``most`` tokens that add most to a ``score`` (below 0: that take most off): none that adds less
-    than a tenth of the first.
+def strongest(scores: Sequence[float], score: float, most: int) -> set[int]:
+    """Places of the ``most`` of ``scores`` that add most to a ``score`` (below 0: that take most off): none that adds
+    less than a tenth of the first.
     """
-    values: NDArray[np.float64] = np.array([token.score for token in tokens]) * (-1.0 if score < 0 else 1.0)
+    values: NDArray[np.float64] = np.array(scores) * (-1.0 if score < 0 else 1.0)
     order = np.argsort(-values, kind="stable")[:most]
     return {int(place) for place in order if values[place] > 0 and values[place] >= values[order[0]] / 10}

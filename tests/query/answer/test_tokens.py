@@ -22,7 +22,7 @@ from indexer.encode.positions import position_scores
 from indexer.encode.tokens import Row
 from indexer.projection.matrices import Projection
 from query.answer.report import colored
-from query.answer.tokens import Token, strongest
+from query.answer.tokens import Token, pieces, strongest
 from query.ask.encoder import PartEncoder
 
 if TYPE_CHECKING:
@@ -251,12 +251,27 @@ def tokens(text: str, scores: list[float]) -> list[Token]:
     return found
 
 
+def test_the_tokens_of_one_character_are_one_piece() -> None:
+    """Its bytes together add what no single one of them does: in the terminal, the report and the explorer."""
+    text = "a 𝔘 dog"
+    places = [(0, 1, 4.0), (2, 3, 1.0), (2, 3, 1.5), (2, 3, 3.0), (4, 7, 1.0), (None, None, 9.0)]
+    of_text = [Token(token="?", start=start, end=end, score=score) for start, end, score in places]
+    assert pieces(text, of_text) == [("a", 4.0), (" ", None), ("𝔘", 5.5), (" ", None), ("dog", 1.0)]
+    assert colored(text, of_text)[2] == ("𝔘", "p5", 5.5)
+    assert colored(text, of_text)[0] == ("a", "p4", 4.0)
+    assert strongest([score or 0.0 for _, score in pieces(text, of_text)], 1.0, 1) == {2}
+    assert marked(text, of_text, 1.0, 5, False) == "…«𝔘»…"
+    assert pieces("", of_text[:2]) == [("?", 4.0), ("?", 1.0)]
+    assert pieces("a 𝔘", of_text) == [("a", 4.0), (" ", None), ("𝔘", 5.5)], "of a text that is cut, its tokens alone"
+
+
 def test_marks() -> None:
     text = "one two\nthree  four five six seven"
     of_text = tokens(text, [0.0, 3.0, 2.0, -9.0, 0.1, 1.0, 0.0])
-    assert strongest(of_text, 1.0, 2) == {1, 2}
-    assert strongest(of_text, -1.0, 5) == {3}
-    assert strongest(of_text, 1.0, 9) == {1, 2, 5}, "none below a tenth of the first"
+    scores = [token.score for token in of_text]
+    assert strongest(scores, 1.0, 2) == {1, 2}
+    assert strongest(scores, -1.0, 5) == {3}
+    assert strongest(scores, 1.0, 9) == {1, 2, 5}, "none below a tenth of the first"
     assert marked(text, of_text, 1.0, None, False) == "one «two» «three» four five «six» seven"
     assert marked(text, of_text, -1.0, None, True) == "one two three [four] five six seven"
     assert marked(None, of_text, -1.0, None, True) == "onetwothree[four]fivesixseven"
