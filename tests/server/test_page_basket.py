@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,28 @@ def test_rows_near_a_sample(page: Any, explorer: ghoststore.Explorer) -> None:
     page.wait_for_url(f"**/#/sample/part/{answer[0].source_row}")
     assert page.locator("#sample img, #sample script, #sample h1").count() == 0
     assert page.title() == "Sample · ghoststore"
+    assert page.said == []
+
+
+def test_a_sample_that_is_left_is_given_up(page: Any, explorer: ghoststore.Explorer) -> None:
+    """Its answer comes after that of the next one, whose page stays; what it asked does not fill the queue."""
+    held: list[Any] = []
+    page.route("**/api/sample/part/1", lambda route: held.append(route))
+    with page.expect_request("**/api/sample/part/1"):
+        at(page, explorer, "sample/part/1")
+    page.evaluate("location.hash = '#/sample/part/2'")
+    page.locator("#sample h2.id", has_text="s2").wait_for()
+    with suppress(Exception):  # a request that was given up cannot be answered
+        held[0].continue_()
+    section(page, "Nearest rows").locator(".hit").first.wait_for()
+    assert page.locator("#sample h2.id").all_text_contents() == ["s2"]
+    page.unroute_all()
+    for row in reversed(range(10)):  # through many, fast
+        page.evaluate("row => { location.hash = `#/sample/part/${row}`; }", row)
+        page.locator("#sample h2.id", has_text=f"s{row}").wait_for()
+    section(page, "Nearest rows").locator(".hit").first.wait_for()
+    section(page, "Trained on").locator("tbody tr").first.wait_for()
+    assert page.locator("#sample .problem").count() == 0
     assert page.said == []
 
 

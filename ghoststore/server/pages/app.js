@@ -10,7 +10,7 @@ import { leaveStore, showStore } from "./store.js";
 const TITLES = { ask: "Ask", runs: "Runs", store: "Store", sample: "Sample" };
 const VIEWS = Object.keys(TITLES);
 
-let turns = 0;
+let turn = new AbortController(); // of the view that is shown: what it asked is given up when another one is
 let isLost = false;
 
 // Of several stores of the server this tab shows one, which its address names.
@@ -33,8 +33,9 @@ async function chooseStore() {
 }
 
 async function route() {
-  turns += 1;
-  const turn = turns;
+  turn.abort();
+  turn = new AbortController();
+  const { signal } = turn;
   const [path, query] = location.hash.replace(/^#\/?/, "").split("?", 2);
   const [asked, ...rest] = path.split("/");
   const view = VIEWS.includes(asked) ? asked : "ask";
@@ -50,20 +51,19 @@ async function route() {
   leaveRuns();
   leaveStore();
   try {
-    if (!await chooseStore()) return;
+    if (!await chooseStore() || signal.aborted) return;
     if (view === "runs") {
       reveal();
       await showRuns(rest.map(decodeURIComponent), values);
       return;
     }
-    const store = await request("/api/store");
-    if (turn !== turns) return; // another view was asked for meanwhile
+    const store = await request("/api/store", undefined, signal);
     reveal(); // not before: the form is filled from here on, and would lose what was typed into it
     if (view === "ask") await openAsk(store, values);
     if (view === "store") showStore(store);
-    if (view === "sample") await showSample(rest.map(decodeURIComponent));
+    if (view === "sample") await showSample(rest.map(decodeURIComponent), signal);
   } catch (error) {
-    if (turn !== turns || error.name === "AbortError") return;
+    if (signal.aborted) return;
     reveal();
     if (view === "runs") runsProblem(error);
     else byId({ ask: "answer", store: "store", sample: "sample" }[view]).replaceChildren(problem(error));

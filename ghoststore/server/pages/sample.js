@@ -27,16 +27,16 @@ function onDemand(title, button, words, fill) {
   return make("section", { class: "card", "aria-label": title }, make("h2", {}, title), body);
 }
 
-async function near(part, row) {
-  const { results, settings, explorer } = await request("/api/query", { part, near: row, metric: "cosine", top_k: 8 });
+async function near(part, row, signal) {
+  const { results, settings, explorer } = await request("/api/query", { part, near: row, metric: "cosine", top_k: 8 }, signal);
   const [{ hits }] = results;
   if (!hits.length) return [make("p", { class: "none" }, "No other row has a vector.")];
   return [make("p", { class: "about" }, "By the cosine of the stored vectors: rows that change the model as this one does."),
     ...ranking(null, hits, settings), ...command(explorer.command)];
 }
 
-async function runs(address) {
-  const found = await request(`${address}/runs`);
+async function runs(address, signal) {
+  const found = await request(`${address}/runs`, undefined, signal);
   if (!found.runs.length) return [make("p", { class: "none" }, "This store has no training run.")];
   return found.runs.flatMap((run) => [make("h3", {}, run.run), ...(run.problem ? [make("p", { class: "none" }, run.problem)] : worth(run)), ...command(run.command)]);
 }
@@ -56,8 +56,8 @@ function worth({ history, settings, summary }) {
   ].filter(Boolean);
 }
 
-async function duplicates(address, part) {
-  const found = await request(`${address}/duplicates`);
+async function duplicates(address, part, signal) {
+  const found = await request(`${address}/duplicates`, undefined, signal);
   const about = make("p", { class: "about" }, `${whole(found.found)} rows of the corpus hold at least half of its runs of ${found.words} words.`);
   const items = found.rows.slice(0, 50).map((row) => make("li", {},
     make("a", { class: "id", href: `#/sample/${encodeURIComponent(part)}/${row.source_row}` }, row.id),
@@ -65,11 +65,12 @@ async function duplicates(address, part) {
   return [about, make("ul", {}, ...items), found.rows.length > 50 ? make("p", { class: "hint" }, `and ${whole(found.found - 50)} more`) : null].filter(Boolean);
 }
 
-export async function showSample([part, row]) {
+// `signal` ends what was asked for this sample.
+export async function showSample([part, row], signal) {
   const place = byId("sample");
   place.replaceChildren(busy("Reading the sample …"));
   const address = `/api/sample/${encodeURIComponent(part)}/${encodeURIComponent(row)}`;
-  const sample = await request(address);
+  const sample = await request(address, undefined, signal);
   const cells = (row_) => [row_.row, row_.window_start, row_.n_tokens, row_.status.replaceAll("_", " "), row_.loss === null ? "none" : row_.loss.toPrecision(4)];
   const head = ["row of the part", "first token", "tokens", "status", "loss"].map((word) => make("th", { scope: "col" }, word));
   const rows = sample.rows.map((row_) => make("tr", {}, ...cells(row_).map((cell) => make("td", {}, typeof cell === "number" ? whole(cell) : cell))));
@@ -91,9 +92,9 @@ export async function showSample([part, row]) {
       make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Its rows" }, make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows))),
     ),
     make("div", { class: "near" },
-      hasVector ? later("Nearest rows", "Reading the vectors …", () => near(sample.part, sample.source_row)) : null,
-      later("Trained on", "Reading the runs …", () => runs(address)),
-      onDemand("Near-duplicates", "Look for them", "Reading the corpus …", () => duplicates(address, sample.part)),
+      hasVector ? later("Nearest rows", "Reading the vectors …", () => near(sample.part, sample.source_row, signal)) : null,
+      later("Trained on", "Reading the runs …", () => runs(address, signal)),
+      onDemand("Near-duplicates", "Look for them", "Reading the corpus …", () => duplicates(address, sample.part, signal)),
     ),
   );
 }
