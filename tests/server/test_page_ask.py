@@ -28,7 +28,10 @@ def browser() -> Iterator[Any]:
 def explorer(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ghoststore.Explorer]:
     folder = tmp_path_factory.mktemp("ask")
     domains = [*HOSTILE, QUOTED]
-    rows = [{"id": f"odd {place}", "text": f"a dog {place}", "domain": name} for place, name in enumerate(domains)]
+    rows: list[dict[str, Any]] = [
+        {"id": f"odd {place}", "text": f"a dog {place}", "domain": name} for place, name in enumerate(domains)
+    ]
+    rows += [{"id": f"none {place}", "text": f"a dog {'runs ' * place}", "domain": None} for place in range(4)]
     corpus = lab.write(folder / "corpus.jsonl", [*rows, *lab.sample_rows(12)])
     ghoststore.build(checkpoint=lab.checkpoint, data=corpus, store=folder / "store", name="part")
     with ghoststore.serve(folder / "store") as explorer:
@@ -116,7 +119,7 @@ def test_the_charts_are_of_the_library(page: Any, explorer: ghoststore.Explorer)
         zip(page.locator(".domains .chip").all_text_contents(), page.locator(".count").all_text_contents(), strict=True)
     )
     assert {name: int(words.split(" ")[0]) for name, words in shown.items()} == {
-        domain.domain: domain.hits for domain in counted.domains
+        domain.domain or "no domain": domain.hits for domain in counted.domains
     }
     assert page.locator("#answer b, #answer img, #chips b, #chips img").count() == 0
     assert page.title() == "Ask · ghoststore"
@@ -152,6 +155,34 @@ def test_domains_are_chips_that_write_the_condition(page: Any, explorer: ghostst
     page.wait_for_selector("#answer[aria-busy=false] .hit")
     where = "(n_tokens > 10 OR (id = 'x')) AND domain IN ('earth')"
     assert page.locator(".hit .id").all_text_contents() == ids(library(explorer, where=where)[0])
+
+
+def test_rows_without_a_domain_keep_the_condition_as_those_of_a_domain_do(
+    page: Any, explorer: ghoststore.Explorer
+) -> None:
+    opened(page, explorer)
+    page.locator("#where").fill("n_tokens > 4")
+    rank(page)
+    where = "(n_tokens > 4) AND domain IS NULL"
+    page.locator(".domains .chip", has_text="no domain").click()
+    page.locator(".domains .chip", has_text="sky").wait_for(state="detached")
+    page.wait_for_selector("#answer[aria-busy=false] .hit")
+    assert page.locator("#where").input_value() == where
+    found = page.locator("[aria-label='Ranked by gradients'] .hit .id").all_text_contents()
+    assert found == ids(library(explorer, where=where)[0])
+    page.locator("#chips .chip", has_text="sky").click()
+    assert page.locator("#where").input_value() == "(n_tokens > 4) AND domain IN ('sky')"
+
+
+def test_a_condition_of_two_brackets_is_one(page: Any, explorer: ghoststore.Explorer) -> None:
+    opened(page, explorer)
+    where = "(n_tokens > 99) OR (id = 'odd 0)') AND domain IN ('sky')"
+    page.locator("#where").fill(where)
+    page.locator("#chips .chip", has_text="earth").click()
+    assert page.locator("#where").input_value() == f"({where}) AND domain IN ('earth')"
+    assert page.locator("#chips [aria-pressed=true]").all_text_contents() == ["earth"]
+    page.locator("#chips .chip", has_text="earth").click()
+    assert page.locator("#where").input_value() == where
 
 
 def test_words_beside(page: Any, explorer: ghoststore.Explorer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -98,7 +99,7 @@ def test_two_runs_beside_each_other(page: Any, explorer: ghoststore.Explorer) ->
     assert page.url.endswith("#/runs/first?with=second")
     assert numbers_of(page, "Loss")[0] == ["step", "first: train", "first: val", "second: train", "second: val"]
     page.get_by_label("Beside").select_option("")
-    page.wait_for_function("!document.querySelector('[aria-label=\"Two runs\"]')")
+    page.get_by_role("region", name="Two runs").wait_for(state="detached")
     assert page.said == []
 
 
@@ -165,6 +166,36 @@ def test_verify(page: Any, explorer: ghoststore.Explorer, store: Path) -> None:
     assert "vectors" in page.get_by_role("region", name="Damage").text_content()
     chunk.write_bytes(bytes_before)
     assert page.said == []
+
+
+def test_a_verification_is_stopped(page: Any, explorer: ghoststore.Explorer) -> None:
+    """By its button, and by leaving the page; the next one begins anew."""
+    opened(page, explorer, "#/store", ".parts")
+    page.route("**/api/verify/events", lambda route: None)  # it takes as long as that of a large store
+    button = page.locator("section[aria-label=Verify] button")
+    button.click()
+    page.get_by_role("button", name="Stop").wait_for()
+    with page.expect_event("requestfailed") as failed:
+        button.click()
+    assert failed.value.url.endswith("/api/verify/events")
+    page.get_by_text("Stopped: not all was read.").wait_for()
+    button.click()
+    page.get_by_role("button", name="Stop").wait_for()
+    with page.expect_event("requestfailed"):
+        page.get_by_role("link", name="Ask").click()
+    page.unroute_all()
+    page.get_by_role("link", name="Store").click()
+    page.get_by_role("button", name="Verify").click()
+    page.get_by_text("are as they were written").wait_for()
+
+
+def test_the_command_of_a_store_whose_path_has_a_space(page: Any, built: Path, tmp_path: Path) -> None:
+    store = tmp_path / "it's a store"
+    shutil.copytree(built, store)
+    with ghoststore.serve(store) as explorer:
+        opened(page, explorer, "#/store", ".parts")
+        command = page.locator("section[aria-label=Verify] code").text_content()
+    assert shlex.split(command) == ["ghoststore", "verify", "--store", str(store)]
 
 
 def test_indexes_and_fidelity(page: Any, lab: Lab, built: Path, tmp_path: Path) -> None:

@@ -34,6 +34,9 @@ export function copyButton(words, text) {
 export const visible = (text) => text.replace(/(?![\u200c\u200d])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, (character) => (
   character === "\n" ? "↵" : character === "\t" ? "⇥" : `\\u{${character.codePointAt(0).toString(16)}}`));
 
+// `word` as a shell takes it.
+export const shellWord = (word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\"'\"'")}'`);
+
 export const whole = (number) => number.toLocaleString("en");
 
 export const percent = (share) => (share === null ? "none" : `${(100 * share).toFixed(1)} %`);

@@ -94,28 +94,38 @@ export function byWords(asked) {
   return { ...rest, lexical: 1 };
 }
 
-// Domains as chips: what is pressed stands in the condition, `… AND domain IN ('a', 'b')`, and is read from there.
+// Domains as chips: what is pressed stands in the condition, `(…) AND domain IN ('a', 'b')`, and is read from there.
 
-const NAMED = /^(?:\(([^]*)\) AND )?domain IN \(('(?:[^']|'')*'(?:, '(?:[^']|'')*')*)\)$/;
+const NAMED = /^(?:\(([^]*)\) AND )?domain (?:IN \(('(?:[^']|'')*'(?:, '(?:[^']|'')*')*)\)|IS NULL)$/;
 const quoted = (name) => `'${name.replaceAll("'", "''")}'`;
 
 function condition() {
   const found = NAMED.exec(value("where"));
-  if (!found) return { rest: value("where"), names: [] };
-  return { rest: found[1] || "", names: found[2].match(/'(?:[^']|'')*'/g).map((word) => word.slice(1, -1).replaceAll("''", "'")) };
+  if (!found || !closed(found[1] || "")) return { rest: value("where"), names: [] };
+  return { rest: found[1] || "", names: (found[2] || "").match(/'(?:[^']|'')*'/g)?.map((word) => word.slice(1, -1).replaceAll("''", "'")) || [] };
 }
 
-export function chooseDomains(names, rest) {
-  const words = names.length ? `domain IN (${names.map(quoted).join(", ")})` : "";
+// Whether each bracket outside quotes is closed within `words`: those of `(a) OR (b) AND domain …` belong to two.
+function closed(words) {
+  let open = 0;
+  for (const sign of words.replace(/'[^']*'|"[^"]*"/g, "")) {
+    if (sign === "(") open += 1;
+    if (sign === ")") open -= 1;
+    if (open < 0) return false;
+  }
+  return open === 0;
+}
+
+function restrict(rest, words) {
   byId("where").value = rest && words ? `(${rest}) AND ${words}` : rest || words;
   pressChips();
 }
 
+const chooseDomains = (names, rest) => restrict(rest, names.length ? `domain IN (${names.map(quoted).join(", ")})` : "");
+
 // Rank one domain alone; null: rows without one.
 export function chooseDomain(name) {
-  if (name === null) byId("where").value = "domain IS NULL";
-  else chooseDomains([name], condition().rest);
-  pressChips();
+  restrict(condition().rest, name === null ? "domain IS NULL" : `domain IN (${quoted(name)})`);
   form.requestSubmit();
 }
 

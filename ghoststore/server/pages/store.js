@@ -1,7 +1,7 @@
 // The Store page: its parts and training runs, where they come from, and whether every byte is as it was written.
 
 import { stream } from "./api.js";
-import { byId, bytes, facts, make, percent, problem, table, whole } from "./dom.js";
+import { byId, bytes, facts, make, percent, problem, shellWord, table, whole } from "./dom.js";
 
 const of = (done, all) => (done === all ? whole(done) : `${whole(done)} of ${whole(all)} committed`);
 const list = (words) => (words && words.length ? words.join(", ") : "none");
@@ -109,7 +109,7 @@ function verifyCard(store) {
     checking = null;
     button.textContent = "Verify again";
   });
-  const line = make("p", { class: "actions" }, button, make("code", { class: "hint" }, `ghoststore verify --store ${store.store}`));
+  const line = make("p", { class: "actions" }, button, make("code", { class: "hint" }, `ghoststore verify --store ${shellWord(store.store)}`));
   return make("section", { class: "card", "aria-label": "Verify" }, said, line);
 }
 
