@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from http.client import HTTPConnection, HTTPException
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -34,7 +34,9 @@ from query.answer.results import BlendedHit, Hit, HybridHit, QueryHits, QueryRes
 
 T = TypeVar("T")
 TOKEN = "GHOSTSTORE_TOKEN"
-HOSTS = ("127.0.0.1", "localhost")
+LISTENS = "127.0.0.1"
+"""Explorers listen there alone: what listens on the port of ``localhost`` at ::1 is another's, and gets no token."""
+HOSTS = (LISTENS, "localhost")
 ROWS = ("val_set", "minus")
 OF_CLIENT = ("server", "store", "progress", *ROWS)
 """Options that are not sent as they are."""
@@ -50,7 +52,7 @@ class Address:
 
     host: str
     port: int
-    token: str
+    token: str = field(repr=False)
     store: str | None
 
     @classmethod
@@ -61,7 +63,7 @@ class Address:
         """
         try:
             parts = urlsplit(url)
-            host, port = parts.hostname, parts.port or 80
+            host, port = parts.hostname, 80 if parts.port is None else parts.port
         except ValueError:
             host, port, parts = None, 80, urlsplit("")
         if parts.scheme != "http" or host not in HOSTS or parts.username is not None:
@@ -87,7 +89,7 @@ class Address:
     def answer(self, path: str, body: bytes | None = None) -> Any:
         """The JSON at ``path``. Raises the error that the server says; UsageError if nobody answers."""
         headers = {"authorization": f"Bearer {self.token}", "content-type": "application/json"}
-        connection = HTTPConnection(self.host, self.port)
+        connection = HTTPConnection(LISTENS, self.port)
         try:
             with suppress(BrokenPipeError, ConnectionResetError):  # refused before all was sent: the reply says why
                 connection.request("GET" if body is None else "POST", path, body, headers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,4 +205,24 @@ def test_a_session_has_no_server(built: Path, explorer: ghoststore.Explorer) -> 
 
 
 def test_an_address_shows_no_token() -> None:
-    assert str(Address.of("http://localhost:81/?token=secret", "")) == "the server at localhost:81"
+    address = Address.of("http://localhost:81/?token=secret", "")
+    assert str(address) == "the server at localhost:81"
+    assert "secret" not in repr(address)
+
+
+def test_another_who_listens_on_the_same_port_gets_no_token(
+    explorer: ghoststore.Explorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`localhost` may be ::1, where anybody can listen on the port of an explorer; and port 0 is not port 80."""
+    asked: list[str] = []
+    resolve = socket.getaddrinfo
+
+    def recorded(host: str, *rest: Any, **more: Any) -> Any:
+        asked.append(host)
+        return resolve(host, *rest, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", recorded)
+    address = explorer.url.replace("127.0.0.1", "localhost")
+    assert len(ghoststore.query(server=address, val_set=["a cat"], top_k=2)[0]) == 2
+    assert set(asked) == {"127.0.0.1"}
+    assert Address.of("http://127.0.0.1:0/?token=secret", "").port == 0

@@ -28,6 +28,7 @@ pytest.importorskip("uvicorn", reason="the explorer needs uvicorn")
 
 from ghoststore.server.app import pages
 from ghoststore.server.guard import HEADERS, MOST_BODY
+from ghoststore.server.openapi import document
 from ghoststore.server.problems import STATUSES
 from ghoststore.server.questions import MOST_ROWS, MOST_WAITING, OFFERED
 
@@ -190,7 +191,12 @@ def test_a_part_that_took_the_place_of_another(lab: Lab, tmp_path: Path) -> None
     assert second["results"] == ghoststore.query(store=store, **QUESTIONS[0]).to_json()["results"]
 
 
-GUARDED = ("/api/store", "/api/query", "/api/sample/part/0", "/openapi.json", "/nonesuch", "/static/../app.py")
+GUARDED = (
+    *(path.format(store="built", part="part", row=0, run="run") for path in document()["paths"]),
+    "/openapi.json",
+    "/nonesuch",
+    "/static/../app.py",
+)
 
 
 @pytest.mark.parametrize("path", GUARDED)
@@ -215,7 +221,7 @@ FOREIGN = (
 )
 
 
-@pytest.mark.parametrize("path", ["/", "/static/app.js", "/api/store"])
+@pytest.mark.parametrize("path", ["/", "/static/app.js", "/api/store", "/api/verify/events", "/api/runs/run/events"])
 def test_other_hosts_and_origins(explorer: ghoststore.Explorer, path: str) -> None:
     for word in FOREIGN:
         name = word.format(explorer.port)
@@ -225,7 +231,7 @@ def test_other_hosts_and_origins(explorer: ghoststore.Explorer, path: str) -> No
     for origin in ("null", f"https://127.0.0.1:{explorer.port}", f"http://127.0.0.1:{explorer.port}.evil.example"):
         assert ask(explorer, path, origin=origin)[0] == 403, origin
     for own in (f"127.0.0.1:{explorer.port}", f"localhost:{explorer.port}"):
-        assert ask(explorer, path, host=own, origin=f"http://{own}")[0] == 200
+        assert ask(explorer, path, host=own, origin=f"http://{own}")[0] == (404 if "run/events" in path else 200)
 
 
 @pytest.mark.parametrize(
@@ -305,11 +311,22 @@ def test_pages_have_no_inline_code() -> None:
 
 
 def test_the_openapi_document(explorer: ghoststore.Explorer) -> None:
-    document = json.loads(ask(explorer, "/openapi.json")[2])
-    query = document["paths"]["/api/query"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    described = json.loads(ask(explorer, "/openapi.json")[2])
+    assert described == json.loads(json.dumps(document()))
+    query = described["paths"]["/api/query"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert set(query["properties"]) == set(OFFERED)
     assert set(query["properties"]["metric"]["enum"]) == {"dot", "cosine"}
-    assert {str(status) for status in STATUSES.values()} < set(document["paths"]["/api/query"]["post"]["responses"])
+    assert {str(status) for status in STATUSES.values()} < set(described["paths"]["/api/query"]["post"]["responses"])
+
+
+def test_every_address_is_described(explorer: ghoststore.Explorer) -> None:
+    """And nothing is described that is not there."""
+    routes = {
+        route.path.replace("/stores/built/", "/stores/{store}/"): "post" if "POST" in route.methods else "get"
+        for route in explorer._server.config.app._app.routes
+        if route.path.startswith("/api/") and not route.path.endswith("{rest:path}")
+    }
+    assert routes == {path: "post" if "post" in item else "get" for path, item in document()["paths"].items()}
 
 
 def test_a_question_that_runs_is_given_up_at_the_end(built: Path) -> None:
