@@ -27,6 +27,8 @@ _state = tempfile.TemporaryDirectory(prefix="ghoststore-tests-")
 os.environ["XDG_STATE_HOME"] = _state.name
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[variable] = "1"
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's `&` ignores it, and so would what tests interrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = [
     "the",

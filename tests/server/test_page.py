@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,32 +9,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import ghoststore
+from tests.support.browser import HOSTILE, new_page
+from tests.support.explorers import store_of
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
 
-pytest.importorskip("starlette", reason="the explorer needs starlette")
-pytest.importorskip("uvicorn", reason="the explorer needs uvicorn")
-playwright = pytest.importorskip("playwright.sync_api", reason="the page is driven by Playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
-]
-
-HOSTILE = [
-    "<script>document.title = 'owned'</script>",
-    "<img src=x onerror=\"document.title='owned'\">",
-    "\u202eright to left \x1b[31m </li></ol><h1>owned</h1>",
-]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +31,8 @@ def explorer(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[gho
 
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
-    context = browser.new_context(viewport={"width": 390, "height": 800})
-    page = context.new_page()
-    page.said = []
-    page.on("console", lambda message: page.said.append(message.text))
-    page.on("pageerror", lambda error: page.said.append(str(error)))
-    yield page
-    context.close()
+    with new_page(browser, viewport={"width": 390, "height": 800}) as page:
+        yield page
 
 
 def asked(page: Any, explorer: ghoststore.Explorer, text: str) -> Any:
@@ -70,7 +45,7 @@ def asked(page: Any, explorer: ghoststore.Explorer, text: str) -> Any:
 
 def test_hostile_texts_are_text(page: Any, explorer: ghoststore.Explorer) -> None:
     hits = asked(page, explorer, HOSTILE[0])
-    answer = ghoststore.query(store=explorer._questions._options.store, val_set=[{"text": HOSTILE[0]}])[0]
+    answer = ghoststore.query(store=store_of(explorer), val_set=[{"text": HOSTILE[0]}])[0]
     assert hits.locator(".id").all_text_contents() == [hit.id for hit in answer]
     assert hits.locator(".text").all_text_contents() == [hit.text for hit in answer]
     assert page.locator("#answer script, #answer img, #answer h1").count() == 0
@@ -93,13 +68,11 @@ def test_the_token_leaves_the_address_and_a_link_shows_the_view_again(
     page.wait_for_selector(".hit")
     assert page.locator(".hit .id").all_text_contents() == texts
     link = page.evaluate("import('/static/api.js').then((api) => api.link())")
-    other = browser.new_context()
-    again = other.new_page()
-    again.goto(link)
-    again.wait_for_selector(".hit")
-    assert again.locator(".hit .id").all_text_contents() == texts
-    assert again.locator("#text").input_value() == "the old dog"
-    other.close()
+    with new_page(browser) as again:
+        again.goto(link)
+        again.wait_for_selector(".hit")
+        assert again.locator(".hit .id").all_text_contents() == texts
+        assert again.locator("#text").input_value() == "the old dog"
 
 
 def test_errors_are_said(page: Any, explorer: ghoststore.Explorer) -> None:
@@ -135,7 +108,7 @@ def test_a_file_is_asked(page: Any, explorer: ghoststore.Explorer, tmp_path: Pat
     page.get_by_role("button", name="Rank").click()
     page.wait_for_selector(".hit")
     val_set = [{"text": "a river"}, {"text": "the moon"}]
-    answer = ghoststore.query(store=explorer._questions._options.store, val_set=val_set)[0]
+    answer = ghoststore.query(store=store_of(explorer), val_set=val_set)[0]
     assert page.locator(".hit .id").all_text_contents() == [hit.id for hit in answer]
     texts = tmp_path / "val.txt"
     texts.write_bytes(b"a river\r\n\r\nthe moon\r\n")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import ghoststore
-from tests.support.browser import chromium, new_page
+from tests.support.browser import new_page
 from tests.support.score_runs import append, make, whole
 
 if TYPE_CHECKING:
@@ -30,12 +30,6 @@ VIEWS = {
 RULES = {
     "runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]}
 }
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import ghoststore
-from tests.support.browser import HOSTILE, chromium, contrast, new_page
+from tests.support.browser import HOSTILE, contrast, new_page
+from tests.support.explorers import store_of
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -16,12 +17,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 TEXT = "𝔘 the old dog runs"
 QUOTED = "it's <b>'odd'</b>, isn''t it"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +33,9 @@ def explorer(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[gho
         yield explorer
 
 
-@pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
-    with new_page(browser) as page:
-        yield page
-
-
 def library(explorer: ghoststore.Explorer, **options: Any) -> ghoststore.QueryResult:
     wanted = {"val_set": [{"text": TEXT}]} | options
-    return ghoststore.query(store=explorer._questions._options.store, **wanted)
+    return ghoststore.query(store=store_of(explorer), **wanted)
 
 
 def opened(page: Any, explorer: ghoststore.Explorer) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import ghoststore
-from tests.support.browser import HOSTILE, chromium, contrast, new_page
+from tests.support.browser import HOSTILE, contrast, new_page
+from tests.support.explorers import store_of
 from tests.support.score_runs import whole
 
 if TYPE_CHECKING:
@@ -19,12 +20,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 TEXT = "the old dog runs"
 LONG = "one two three four five six seven eight nine ten"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +36,6 @@ def explorer(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[gho
         yield explorer
 
 
-@pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
-    with new_page(browser) as page:
-        yield page
-
-
-def store(explorer: ghoststore.Explorer) -> Any:
-    return explorer._questions._options.store
-
-
 def at(page: Any, explorer: ghoststore.Explorer, fragment: str) -> None:
     page.goto(f"{explorer.url}#/{fragment}")
 
@@ -63,7 +48,7 @@ def test_rows_near_a_sample(page: Any, explorer: ghoststore.Explorer) -> None:
     at(page, explorer, "sample/part/11")
     near = section(page, "Nearest rows")
     near.locator(".hit").first.wait_for()
-    answer = ghoststore.query(store=store(explorer), near=11, metric="cosine", top_k=8)[0]
+    answer = ghoststore.query(store=store_of(explorer), near=11, metric="cosine", top_k=8)[0]
     assert near.locator(".hit .id").all_text_contents() == [hit.id for hit in answer]
     assert "--near 11" in near.locator("pre").text_content()
     near.locator(".hit .id").first.click()
@@ -99,7 +84,7 @@ def test_where_a_sample_was_trained_on(page: Any, explorer: ghoststore.Explorer)
     at(page, explorer, "sample/part/0")
     trained = section(page, "Trained on")
     trained.locator("tbody tr").first.wait_for()
-    history = ghoststore.scores(store=store(explorer), run="a_run", sample="s0").to_json()["history"]
+    history = ghoststore.scores(store=store_of(explorer), run="a_run", sample="s0").to_json()["history"]
     steps = trained.locator("tbody tr td:first-child").all_text_contents()
     assert steps == [str(visit["step"]) for visit in history]
     drawn = [visit for visit in history if visit["cumulative"] is not None]
@@ -139,7 +124,7 @@ def test_a_ranking_is_exported_as_select_writes_it(page: Any, explorer: ghoststo
     page.get_by_label("Number").fill("5")
     page.get_by_label("By domain").select_option("equal")
     found = downloaded(page)
-    wanted: dict[str, Any] = {"store": store(explorer), "val_set": [{"text": TEXT}], "count": 5, "quotas": "equal"}
+    wanted: dict[str, Any] = {"store": store_of(explorer), "val_set": [{"text": TEXT}], "count": 5, "quotas": "equal"}
     report = ghoststore.select(**wanted, out=tmp_path / "chosen.jsonl")
     assert found == (tmp_path / "chosen.jsonl").read_bytes()
     assert downloaded(page, "chosen.jsonl.report.rows.jsonl") == Path(report.rows_file).read_bytes()
@@ -162,7 +147,7 @@ def test_rows_are_picked_by_hand_in_every_view(
     rank(page, explorer)
     by_hand = page.get_by_label("The rows picked by hand")
     assert by_hand.is_disabled()
-    hits = ghoststore.query(store=store(explorer), val_set=[{"text": TEXT}])[0]
+    hits = ghoststore.query(store=store_of(explorer), val_set=[{"text": TEXT}])[0]
     page.get_by_label(f"Pick {hits[1].id}", exact=True).check()
     other = next(row for row in range(10) if row not in {hit.source_row for hit in hits[:2]})
     page.evaluate("row => { location.hash = `#/sample/part/${row}`; }", other)
@@ -172,7 +157,7 @@ def test_rows_are_picked_by_hand_in_every_view(
     wanted = sorted({hits[1].source_row, other})
     by_hand.check()
     rows = downloaded(page)
-    corpus = (store(explorer).parent / "corpus.jsonl").read_bytes().splitlines(keepends=True)
+    corpus = (store_of(explorer).parent / "corpus.jsonl").read_bytes().splitlines(keepends=True)
     assert rows == b"".join(corpus[row] for row in wanted)
     assert (
         f"source_row IN ({wanted[0]}, {wanted[1]})" in section(page, "Rows to train on").locator("pre").text_content()

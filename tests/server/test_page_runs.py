@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import ghoststore
-from tests.support.browser import HOSTILE, chromium, new_page
+from tests.support.browser import HOSTILE, new_page
 from tests.support.score_runs import DOMAINS, LAYOUT, append, make, whole
 
 if TYPE_CHECKING:
@@ -23,18 +23,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 WIDTHS = (390, 1000, 2000)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
-    with new_page(browser) as page:
-        yield page
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +171,7 @@ def test_a_verification_is_stopped(page: Any, explorer: ghoststore.Explorer) -> 
     page.get_by_role("button", name="Stop").wait_for()
     with page.expect_event("requestfailed"):
         page.get_by_role("link", name="Ask").click()
+    page.locator("#text").wait_for()
     page.unroute_all()
     page.get_by_role("link", name="Store").click()
     page.get_by_role("button", name="Verify").click()
@@ -226,7 +215,7 @@ def test_a_store_is_chosen(page: Any, lab: Lab, store: Path, built: Path) -> Non
         choice.select_option("plain")
         page.get_by_text(str(built), exact=True).wait_for()
         assert page.url.endswith("/?store=plain#/store")
-        assert page.get_by_text("No training run").count() == 1
+        page.get_by_text("No training run").wait_for()
         page.get_by_role("link", name="Ask").click()
         page.locator("#text").fill("the old dog")
         page.get_by_role("button", name="Rank").click()

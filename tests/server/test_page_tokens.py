@@ -8,19 +8,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import ghoststore
-from tests.support.browser import HOSTILE, chromium, contrast, new_page
+from tests.support.browser import HOSTILE, contrast, new_page
+from tests.support.explorers import store_of
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
 
 pytestmark = pytest.mark.slow
 ASKED = "a\u202e b <b>old</b> 𝔘𝔫𝔦 dog"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +30,6 @@ def explorer(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[gho
         yield explorer
 
 
-@pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
-    with new_page(browser) as page:
-        yield page
-
-
 def shade(page: Any, explorer: ghoststore.Explorer, text: str = ASKED) -> ghoststore.QueryResult:
     """Ask for ``text`` with its tokens shaded; the library's answer."""
     page.goto(explorer.url)
@@ -48,7 +37,7 @@ def shade(page: Any, explorer: ghoststore.Explorer, text: str = ASKED) -> ghosts
     page.get_by_label("Shade tokens").check()
     page.get_by_role("button", name="Rank", exact=True).click()
     page.wait_for_selector(".shaded, .problem")
-    store = explorer._questions._options.store
+    store = store_of(explorer)
     return ghoststore.query(store=store, val_set=[{"text": text}], tokens=True)
 
 

@@ -11,6 +11,11 @@ from typing import Any
 import ghoststore
 
 
+def store_of(explorer: ghoststore.Explorer) -> Any:
+    """The path of its store."""
+    return explorer._questions._options.store
+
+
 @contextmanager
 def answered(explorer: ghoststore.Explorer, path: str, body: Any = None) -> Iterator[HTTPResponse]:
     """The answer of a request with the token; the connection is closed at the end, read or not."""
