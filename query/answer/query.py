@@ -12,6 +12,7 @@ from ghoststore.checkpoint.load import resolve_device
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import part_of, takes
+from ghoststore.settings.option import given
 from ghoststore.settings.question import QueryOptions
 from ghoststore.store import Part
 from ghoststore.store.part.fidelity import read_fidelity
@@ -249,17 +250,8 @@ def _answer(
 
 def _refuse_on_ray(options: QueryOptions) -> None:
     """UsageError for what is not done by a search of the best rows of each range. It comes before any work."""
-    not_done = {
-        "`run`": options.run is not None,
-        f"`index={options.index}`": options.index != "exact",
-        "`with_scores`": options.with_scores is not None,
-        "`lexical`": options.lexical is not None,
-        "`combine=rank-fusion`": options.combine == "rank-fusion",
-        "`report`": options.report is not None,
-        "`histogram`": options.histogram,
-        "`near`": options.near is not None,
-    }
-    for option in (option for option, given in not_done.items() if given):
+    ranked = ("combine",) if options.combine == "rank-fusion" else ()
+    for option in given(options, ("run", "index", "with_scores", "lexical", *ranked, "report", "histogram", "near")):
         raise UsageError(
             f"`engine=ray` gives the best rows by exact search of a part, and {option} needs something else: leave one "
             "of the two out"
@@ -272,12 +264,7 @@ def _refuse_index(question: Question, parts: Sequence[Part]) -> None:
     """
     if len(parts) > 1:
         raise UsageError(f"an index is of one part, the scores are summed over {len(parts)}; use `index=exact`")
-    needs_all = {
-        "`with_scores`": question.with_scores is not None,
-        "`lexical`": question.lexical is not None,
-        f"`combine={question.combine}`": question.combine != "mean",
-    }
-    for option in (option for option, given in needs_all.items() if given):
+    for option in given(question, ("with_scores", "lexical", "combine")):
         raise UsageError(f"{option} needs the scores of all rows, which an index does not give; use `index=exact`")
 
 

@@ -11,7 +11,10 @@ import pytest
 import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.errors import UsageError
+from ghoststore.settings.option import choices_of, members_of, options_of
+from ghoststore.settings.question import QueryOptions
 from ghoststore.store import Store
+from query.answer.near import TAKEN
 from tests.support.parts import vectors_of
 
 if TYPE_CHECKING:
@@ -88,6 +91,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"near": 1, "checkpoint": "c"}, "`checkpoint` has no use there"),
     ({"near": 1, "index": "ann"}, "`index=ann` has no use there"),
     ({"near": 1, "run": "r"}, "`run` has no use there"),
+    ({"near": 1, "index_name": "i"}, "`index_name` has no use there"),
+    ({"near": 1, "rerank_with": "cg"}, "`rerank_with=cg` has no use there"),
+    ({"near": 1, "cg_steps": 3}, "`cg_steps` has no use there"),
+    ({"near": 1, "each": True}, "`each` has no use there"),
+    ({"near": 1, "where": "source_row = 1"}, "no other row of part 'onebit' has a vector and matches `where`"),
 ]
 
 
@@ -95,6 +103,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_refused(store: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         ghoststore.query(store=store, part="onebit", **options)
+
+
+def test_no_option_is_accepted_and_ignored(store: Path) -> None:
+    """Whatever else a question may have, or will one day, is refused."""
+    for spec, option in options_of(QueryOptions):
+        if spec.name in {*TAKEN, "server"}:
+            continue
+        members, words = members_of(spec.type), [word for word in choices_of(spec) if word != spec.default]
+        number = next((kind(1) for kind in (bool, int, float) if kind in members), "equal")
+        value = words[0] if words else option.group(text="body") if option.group else number
+        with pytest.raises(UsageError, match=f"`{spec.name}"):
+            ghoststore.query(store=store, part="onebit", near=1, **{spec.name: value})
 
 
 def test_the_command(lab: Lab, store: Path, tmp_path: Path) -> None:
