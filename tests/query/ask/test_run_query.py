@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 from collections import defaultdict
@@ -341,6 +342,16 @@ def test_select_takes_the_best_of_a_run(folder: Path, lab: Lab, tmp_path: Path) 
     ghoststore.select(
         store=folder / "store", run="moving", count=3, out=tmp_path / "two.jsonl", **at_checkpoint(folder)
     )
+    of_slice = {"step_window": slice(2, 10), "count": 3, "card": True}
+    card = ghoststore.select(store=folder / "store", run="moving", out=tmp_path / "carded", **of_slice).card
+    text = Path(str(card)).read_text()
+    assert "| run | moving |" in text
+    assert "No val set was given" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("ghoststore select")]
+    again = shlex.split(line.replace("carded", "again").replace(" --card", ""))[1:]
+    assert lab.run(*again).code == 0
+    chosen = [(tmp_path / f"{name}.rows.jsonl").read_bytes() for name in ("carded.report", "again.report")]
+    assert chosen[0] == chosen[1]
     assert len((tmp_path / "two.jsonl").read_text().splitlines()) == 3
     for options, words in (
         ({"diversity": "mmr"}, "compares samples at one checkpoint"),
