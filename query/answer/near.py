@@ -80,8 +80,7 @@ def query_near(options: QueryOptions, progress: Progress) -> QueryResult:
     rankings = scorer.rank(options.top_k, options.bottom_k, progress)
     counted: Distribution | None = None
     if options.histogram:
-        listed = [[int(row) for row in rankings[0].rows[0] if row >= 0]]
-        (counted,) = distributions(scorer, listed, scorer.scores(progress))
+        (counted,) = distributions(scorer, rankings[0], progress)
     (best,), (worst,) = hits_of(part, rankings, options.text, progress, data=question.data)
     return QueryResult(
         store=str(question.store),
