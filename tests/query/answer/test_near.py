@@ -25,10 +25,11 @@ ROWS = 24
 
 @pytest.fixture(scope="module")
 def store(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Parts in one bit, and in float32 with windows; row 5 has no vector."""
+    """Parts in one bit, and in float32 with windows, of which row 7 has several; row 5 has no vector."""
     folder = tmp_path_factory.mktemp("near")
     rows = lab.sample_rows(ROWS, 1)
     rows[5] = rows[5] | {"text": ""}
+    rows[7] = rows[7] | {"text": " ".join([rows[7]["text"], rows[8]["text"], rows[9]["text"]])}
     lab.write(folder / "train.jsonl", rows)
     for name, options in {
         "onebit": {},
@@ -53,6 +54,7 @@ def test_equals_products_of_stored_vectors(store: Path, part: str, metric: str) 
     vectors = vectors_of(opened).astype(np.float64)
     source, usable = opened.column("source_row"), opened.usable()
     own = (source == 7) & usable
+    assert own.sum() == 1 if part == "onebit" else own.sum() > 1
     query = vectors[own].mean(0)
     expected = vectors @ query
     if metric == "cosine":
@@ -77,8 +79,16 @@ def test_equals_products_of_stored_vectors(store: Path, part: str, metric: str) 
 
 
 def test_conditions_and_layers(store: Path) -> None:
-    result = ghoststore.query(store=store, part="windows", near=7, where="domain = 'sky'", layers=("mlp",), top_k=500)
+    result = ghoststore.query(
+        store=store, part="windows", near=7, where="domain = 'sky'", layers=("mlp",), metric="dot", top_k=500
+    )
     assert {hit.domain for hit in result[0]} == {"sky"}
+    opened = Store.open(store).part("windows")
+    vectors = vectors_of(opened).astype(np.float64)
+    vectors = np.concatenate([vectors[:, at:end] for name, at, end in opened.groups if "mlp" in name], axis=1)
+    own, sky = opened.column("source_row") == 7, opened.domains.index("sky")
+    expected = (vectors @ vectors[own & opened.usable()].mean(0))[(opened.column("domain") == sky) & ~own]
+    np.testing.assert_allclose([hit.score for hit in result[0]], np.sort(expected)[::-1], rtol=1e-5, atol=1e-6)
     assert result.settings["where"] == "domain = 'sky'"
     assert "where" not in ghoststore.query(store=store, part="windows", near=7).settings
 

@@ -331,6 +331,19 @@ def test_hits_have_texts_and_files(folder: Path, lab: Lab, tmp_path: Path) -> No
     assert (tmp_path / "hits.csv").read_text().splitlines()[0].endswith("window_start,times,last_step")
 
 
+def test_a_phrase_of_the_val_set(folder: Path) -> None:
+    """What stands after it is nothing to a causal model: it is the completion of a prompt."""
+    text, words = "the old dog runs to the sea", " runs"
+    start = text.index(words)
+    stop = start + len(words)
+    given: dict[str, Any] = {"metric": "dot", "checkpoint": folder / "moving/checkpoint-6"}
+    found = ask(folder, val_set=[{"text": text}], phrase=f"{start}:{stop}", **given)
+    completed = scores(ask(folder, val_set=[{"prompt": text[:start], "completion": words}], **given))
+    assert scores(found) == pytest.approx(completed, abs=1e-4 * max(map(abs, completed.values())))
+    assert scores(found) != scores(ask(folder, val_set=[{"text": text}], **given))
+    assert found.settings["phrase"] == f"{start}:{stop}"
+
+
 def test_select_takes_the_best_of_a_run(folder: Path, lab: Lab, tmp_path: Path) -> None:
     ranking = list(scores(ask(folder, weight="unit", last=8)))
     made = ghoststore.select(
