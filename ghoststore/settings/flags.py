@@ -80,6 +80,8 @@ def flag_words(entry: Entry, value: Any) -> list[str]:
     """The words of a command line that give ``value``."""
     if isinstance(value, bool):
         return [entry.flag] if value else [entry.off] if entry.off else []
+    if isinstance(value, slice):
+        value = ":".join("" if end is None else str(end) for end in (value.start, value.stop))
     if not isinstance(value, list | tuple):
         return [entry.flag, str(value)]
     if entry.option.repeated:

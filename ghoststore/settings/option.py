@@ -5,7 +5,7 @@ Help texts name other options by their parameter, in backticks; the command line
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from math import inf
 from numbers import Integral, Real
@@ -202,6 +202,20 @@ def check_local(options: Any) -> None:
             check_local(value)
         elif Path in members_of(spec.type):
             refuse_remote(spec.name, value)
+
+
+def given(options: Any, names: Iterable[str]) -> Iterator[str]:
+    """Those of ``names`` whose value in ``options`` is not the default, as messages name them: `` `tokens` ``, or with
+    the word where there is a choice, `` `index=ann` ``.
+    """
+    specs = {spec.name: spec for spec in fields(options)}
+    for name in names:
+        spec, value = specs[name], getattr(options, name)
+        option: Option | None = spec.metadata.get(KEY)
+        group = None if option is None else option.group
+        if value is None or (spec.default is not None and value == spec.default) or (group and value == group()):
+            continue
+        yield f"`{name}={value}`" if option is not None and choices_of(spec) else f"`{name}`"
 
 
 def check_at_least(least: float, **values: float | None) -> None:

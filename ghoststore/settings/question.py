@@ -62,7 +62,7 @@ def parse_quota(word: str) -> tuple[str, float]:
     if not domain:
         raise ValueError(f"{word!r}: expected DOMAIN=SHARE or DOMAIN=SAMPLES")
     try:
-        return domain, float(number) if "." in number else int(number)
+        return domain, float(number) if {".", "e"} & set(number) else int(number)
     except ValueError:
         raise ValueError(f"{word!r}: {number!r} is neither a share (0.3) nor a number of samples (100)") from None
 

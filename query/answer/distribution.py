@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.errors import UsageError
+from ghoststore.progress import Progress
 from ghoststore.store import Part
 from query.ask.scorer import Scorer
 from query.ask.second_stage import Reranking
+from query.search.top_k import Ranking
 
 BINS = 60
 
@@ -39,7 +40,7 @@ class Distribution:
     """Those with any row, in the order of the part, rows without a domain first; empty where no row has one."""
 
     @classmethod
-    def of(cls, part: Part, scores_N: NDArray[np.float64], hits: Sequence[int]) -> Distribution:
+    def of(cls, part: Part, scores_N: NDArray[np.float64], hits: NDArray[np.int64]) -> Distribution:
         """That of ``scores_N``, (N,) by row of ``part``, of which ``hits`` are listed. ``scores_N`` has a number."""
         low, high, counts = binned(scores_N)
         (ranked,) = np.nonzero(np.isfinite(scores_N))
@@ -59,13 +60,11 @@ def binned(scores_N: NDArray[np.float64]) -> tuple[float, float, NDArray[np.int6
     return low, high, counts
 
 
-def distributions(
-    scorer: Scorer, hits: Sequence[Sequence[int]], scores_QN: NDArray[np.float64]
-) -> list[Distribution | None]:
-    """One for each ranking, whose best rows are ``hits``; None where no row has a score."""
+def distributions(scorer: Scorer, best: Ranking, progress: Progress) -> list[Distribution | None]:
+    """One for each ranking of ``scorer``, whose best rows are ``best``; None where no row has a score."""
     return [
-        Distribution.of(scorer.part, scores_N, rows) if np.isfinite(scores_N).any() else None
-        for scores_N, rows in zip(scores_QN, hits, strict=True)
+        Distribution.of(scorer.part, scores_N, rows[rows >= 0]) if np.isfinite(scores_N).any() else None
+        for scores_N, rows in zip(scorer.scores(progress), best.rows, strict=True)
     ]
 
 
@@ -78,13 +77,13 @@ def refuse_histogram(how: Reranking, index: str) -> None:
             )
 
 
-def _domains(part: Part, ranked: NDArray[np.int64], hits: Sequence[int]) -> list[DomainRows]:
+def _domains(part: Part, ranked: NDArray[np.int64], hits: NDArray[np.int64]) -> list[DomainRows]:
     names = [None, *part.domains]
     if len(names) == 1:
         return []
     every = np.full(part.layout.rows, -1, dtype=np.int64)
     every[part.row_numbers] = part.column("domain")
     of_all = np.bincount(every[ranked] + 1, minlength=len(names)).tolist()
-    of_hits = np.bincount(every[list(hits)] + 1, minlength=len(names)).tolist()
+    of_hits = np.bincount(every[hits] + 1, minlength=len(names)).tolist()
     counted = zip(names, of_all, of_hits, strict=True)
     return [DomainRows(domain=name, rows=rows, hits=listed) for name, rows, listed in counted if rows]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from ghoststore.corpus import Fields
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.settings.keywords import part_of
+from ghoststore.settings.option import given
 from ghoststore.settings.question import QueryOptions
 from ghoststore.store import Part
 from ghoststore.store.part.metric import metric_for
@@ -20,10 +20,15 @@ from query.answer.distribution import Distribution, distributions
 from query.answer.results import QueryHits, QueryResult, hits_of
 from query.ask.encoder import ValVectors
 from query.ask.question import Question
-from query.ask.run_question import refuse_options_of_runs
 from query.ask.scorer import Scorer, chosen_rows
 from query.search.parts import choose_groups, note_repeated, open_parts
 from query.search.vectors import PartVectors
+
+TAKEN = {
+    *("near", "store", "part", "layers", "exclude_layers", "metric", "precondition", "damping", "where"),
+    *("top_k", "bottom_k", "histogram", "text", "data", "device", "progress"),
+}
+"""The options that it takes: any other is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +42,7 @@ def query_near(options: QueryOptions, progress: Progress) -> QueryResult:
 
     Of a sample in several windows the mean of their vectors is asked with. No model is needed. Scores have no unit:
     both vectors are rounded. UsageError for what belongs to a val set, for several parts, and for a row that the part
-    does not have or that has no vector.
+    does not have or that has no vector, and where no other row is left.
     """
     _refuse(options)
     question = part_of(_NearQuestion, options)
@@ -56,6 +61,9 @@ def query_near(options: QueryOptions, progress: Progress) -> QueryResult:
     if matching is not None:
         mask &= matching.mask
     mask[rows] = False
+    if not mask.any():
+        fits = "has a vector" if matching is None else "has a vector and matches `where`"
+        raise UsageError(f"`near={options.near}`: no other row of part {part.name!r} {fits}")
     (name,) = {str(of_row) for of_row in part.read_rows("sample_id", rows)}
     scorer = Scorer.of(
         question,
@@ -71,9 +79,8 @@ def query_near(options: QueryOptions, progress: Progress) -> QueryResult:
         scorer.scores(progress)  # the rows are ranked by these: the vectors are read once
     rankings = scorer.rank(options.top_k, options.bottom_k, progress)
     counted: Distribution | None = None
-    if options.histogram and scorer.chosen is not None and scorer.chosen.count:
-        listed = [[int(row) for row in rankings[0].rows[0] if row >= 0]]
-        (counted,) = distributions(scorer, listed, scorer.scores(progress))
+    if options.histogram:
+        (counted,) = distributions(scorer, rankings[0], progress)
     (best,), (worst,) = hits_of(part, rankings, options.text, progress, data=question.data)
     return QueryResult(
         store=str(question.store),
@@ -84,33 +91,11 @@ def query_near(options: QueryOptions, progress: Progress) -> QueryResult:
 
 def _refuse(options: QueryOptions) -> None:
     """UsageError for options that a stored row has no use for."""
-    refuse_options_of_runs(options, candidates=options.candidates)
-    of_val_set: dict[str, bool] = {
-        "run": options.run is not None,
-        "val_set": options.val_set is not None,
-        "minus": options.minus is not None,
-        "each": options.each,
-        "group_field": options.group_field is not None,
-        "max_samples": options.max_samples is not None,
-        "phrase": options.phrase is not None,
-        "lexical": options.lexical is not None,
-        "with_scores": options.with_scores is not None,
-        "fields": options.fields not in (None, Fields()),
-        "part_weights": options.part_weights is not None,
-        "checkpoint": options.checkpoint is not None,
-        "tokenizer": options.tokenizer is not None,
-        "base": options.base is not None,
-        "rerank": options.rerank is not None,
-        "tokens": options.tokens,
-        "report": options.report is not None,
-        f"index={options.index}": options.index != "exact",
-    }
-    for name, given in of_val_set.items():
-        if given:
-            raise UsageError(
-                f"`near={options.near}` asks with the stored vector of a row, and `{name}` has no use there: leave one "
-                "of them out"
-            )
+    for option in given(options, (spec.name for spec in fields(options) if spec.name not in TAKEN)):
+        raise UsageError(
+            f"`near={options.near}` asks with the stored vector of a row, and {option} has no use there: leave one of "
+            "them out"
+        )
 
 
 def _rows_of(part: Part, source_row: int | None) -> np.ndarray[Any, np.dtype[np.int64]]:

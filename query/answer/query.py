@@ -12,6 +12,7 @@ from ghoststore.checkpoint.load import resolve_device
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import part_of, takes
+from ghoststore.settings.option import given
 from ghoststore.settings.question import QueryOptions
 from ghoststore.store import Part
 from ghoststore.store.part.fidelity import read_fidelity
@@ -34,6 +35,7 @@ from query.ask.unit import unit_of
 from query.common.output import check_output
 from query.common.texts import corpus_behind
 from query.search.on_ray import refuse_terms_on_ray, searching_on_ray
+from query.search.part_score import Metric
 from query.search.parts import named_parts, note_repeated, weights_of
 from query.search.search import Search, search
 from query.search.unions import refuse_united
@@ -45,14 +47,12 @@ Searching = Callable[[Sequence[Part]], AbstractContextManager[Search]]
 def query(options: QueryOptions) -> QueryResult:
     """The training samples most similar (``top_k``) and least similar (``bottom_k``) to ``val_set``.
 
-    There is one ranking for the mean gradient of the val set or, with ``each``, one for every val sample. ``metric`` is
-    ``dot`` or ``cosine`` (default: the one that the part was made for). Products have a meaning: ``nats`` of a hit is
-    by how much the val loss is predicted to rise if the row were left out of the training, see `docs/query.md`.
-    ``layers`` and ``exclude_layers`` are patterns that restrict the score to some layers; the part must then keep plain
-    Kronecker blocks, or one sketch a layer. The val set goes through the model, tokenization and projection that the
-    part's manifest names. ``checkpoint``, ``tokenizer`` and ``data`` say where to read the checkpoint, the tokenizer
-    and the corpus (for texts). The default is where the user's own build read them; paths in a store that somebody else
-    made are not followed.
+    There is one ranking for the mean gradient of the val set or, with ``each``, one for every val sample. Products have
+    a meaning: ``nats`` of a hit is by how much the val loss is predicted to rise if the row were left out of the
+    training, see `docs/query.md`. ``layers`` and ``exclude_layers`` want a part that keeps plain Kronecker blocks, or
+    one sketch a layer. The val set goes through the model, tokenization and projection that the part's manifest names.
+    ``checkpoint``, ``tokenizer`` and ``data`` are read where the user's own build read them, unless they are given;
+    paths in a store that somebody else made are not followed.
 
     ``minus`` is a second val set, to be far from: its mean gradient is subtracted from that of ``val_set`` (of each val
     sample or group). By ``dot`` a score is then what a step on the sample does to the difference of the two losses.
@@ -61,9 +61,8 @@ def query(options: QueryOptions) -> QueryResult:
     source_row, source_file (a number), window_start, status, the fields that the part keeps
     (``build(keep_fields=…)``), and text where it keeps texts; of a run those of its row table.
 
-    ``group_field`` names a field of the val set. There is one ranking for the mean gradient of each group. The first
-    ranking is then ``combined``, over all groups: by the ``mean`` or the ``max`` of a row's scores over the groups, or
-    by ``rank-fusion`` (reciprocal ranks). ``combine`` says which.
+    ``group_field`` gives one ranking for the mean gradient of each group, after the first, ``combined``, over all of
+    them: ``combine`` says how.
 
     ``part`` may name several parts. Builds of other rows at one checkpoint, with one projection
     (``ghoststore.build(like=…)``), are ranked as one part. Of builds of the same rows at successive checkpoints the
@@ -74,25 +73,17 @@ def query(options: QueryOptions) -> QueryResult:
     block, and λ = ``damping`` (default 0.1) × the mean eigenvalue of H. The cosine is then that of this metric. H is
     computed by one scan and cached.
 
-    ``with_scores`` names a training run of the store. Its values (Σ ``weight`` × score of a sample) are blended with
-    the similarities: (1 - W)·z(similarity) + W·z(value), where W is ``score_weight`` (default 0.5) and z standardises
-    over the rows that have both. W = 0 ranks rows by similarity alone, W = 1 by value alone. Rows without a value are
-    left out unless W is 0.
-
-    ``lexical`` blends the similarities with BM25 of the rows' texts for the val samples' texts, in the same way, with
-    this weight. The texts are those that the part keeps, or those of its corpus. It ranks what names the same things
-    higher; a weight of 0.1 keeps what only gradients know. `docs/query.md` has the measurements.
+    ``with_scores`` blends similarities with the values of a training run, ``lexical`` with BM25 of the rows' texts, as
+    the part or its corpus has them, for those of the val samples; `docs/query.md` has the measurements.
 
     ``index="ann"`` takes candidates from a FAISS index that ``ghoststore.index`` made and scores them exactly.
     ``index_name`` names the index (default: the only one for the metric). Its measured recall is among the settings of
     the result.
 
-    ``rerank`` is a number of candidates. The best (and worst) rows by the stored vectors, so many of each, are ranked
-    anew by exact scores: the model computes their gradients again. ``rerank_with`` says which. ``exact`` are whole
-    gradients of the part's layers in the part's metric. With ``ekfac`` the eigenvalues of that metric are measured on
-    ``rerank_samples`` rows of the corpus. With ``cg``, ``cg_steps`` steps of conjugate gradients replace the metric by
-    the Gauss-Newton matrix of so many rows, damped by ``rerank_damping`` times its mean eigenvalue in each layer.
-    ``vectors`` are projected as the part's, and not rounded.
+    ``rerank`` is a number of candidates: so many of the best (and of the worst) rows by the stored vectors are ranked
+    anew, as ``rerank_with`` says. With ``ekfac`` the eigenvalues of the part's metric are measured on
+    ``rerank_samples`` rows of the corpus; with ``cg`` the Gauss-Newton matrix of so many rows takes its place, damped
+    by ``rerank_damping`` times its mean eigenvalue in each layer.
 
     ``tokens`` computes the gradients of the rows shown again, and says what each token adds to a row's similarity: its
     ``tokens``, each with its place in the text, sum to ``recomputed``, of which the similarity of the stored vector is
@@ -174,25 +165,10 @@ def _answer(
     ``searching(parts)``, who searches them on a Ray cluster.
     """
     counts = (settings["top_k"], settings["bottom_k"])
-    parts = named_parts(question.store, question.part, progress)
-    if settings["index"] == "ann":
-        _refuse_index(question, parts)
-    if "tokens" in settings:
-        refuse_tokens(question, how, parts)
-    if "histogram" in settings:
-        refuse_histogram(how, settings["index"])
-    if question.data is not None:
-        refuse_united(parts, "`data`")
-    metric, ann = metric_for(question.metric, parts), None
-    refuse_part(how, parts, metric)
-    if searching is not None:
-        refuse_terms_on_ray(metric, question.precondition)
+    parts, ann = named_parts(question.store, question.part, progress), None
+    metric = _checked_metric(question, settings, how, parts, on_ray=searching is not None)
     weights = weights_of(parts, question.part_weights)
-    if "tokens" in settings:
-        refuse_pairs(parts[0])
     if settings["index"] == "ann":
-        some_layers = bool(question.layers or question.exclude_layers)
-        refuse_lengths(metric, some_layers=some_layers, preconditioned=question.precondition != "none")
         ann = AnnIndex.open(parts[0], index_name, metric=metric, device=resolve_device(question.device))
         settings = {**ann.settings(), **settings}
     if how.rerank is not None or "tokens" in settings:
@@ -220,10 +196,9 @@ def _answer(
         if ann is not None and not scorer.by_index:  # it could not be filtered
             settings = {**settings, "index": "exact"}
         explained = explain(scorer, rankings, progress) if "tokens" in settings else None
-        all_scores: list[Distribution | None] = [None] * len(scorer.names)
+        counted: Sequence[Distribution | None] = [None] * len(scorer.names)
         if "histogram" in settings:
-            listed = [[int(row) for row in rows if row >= 0] for rows in rankings[0].rows]
-            all_scores = distributions(scorer, listed, scorer.scores(progress))
+            counted = distributions(scorer, rankings[0], progress)
         hits = hits_of(scorer.part, rankings, text, progress, scorer.blend or scorer.hybrid, question.data, explained)
         unit = unit_of(question, parts, rounded=how.rerank is None) if how.in_metric else None
         settings = {"unit": None if unit is None else unit.to_json(), **settings}
@@ -236,9 +211,9 @@ def _answer(
                 "fidelity": fidelity_settings(scorer, progress) if how.rerank is None else None,
             },
             results=[
-                QueryHits(query=name, hits=best, bottom=worst, val_row=val_row, histogram=counted)
-                for name, val_row, counted, best, worst in zip(
-                    scorer.names, scorer.val_rows, all_scores, *with_nats(hits, unit), strict=True
+                QueryHits(query=name, hits=best, bottom=worst, val_row=val_row, histogram=of_all)
+                for name, val_row, of_all, best, worst in zip(
+                    scorer.names, scorer.val_rows, counted, *with_nats(hits, unit), strict=True
                 )
             ],
         )
@@ -247,19 +222,34 @@ def _answer(
     return result
 
 
+def _checked_metric(
+    question: Question, settings: dict[str, Any], how: Reranking, parts: Sequence[Part], *, on_ray: bool
+) -> Metric:
+    """The metric of the answer. UsageError for what does not go together, before a model is loaded."""
+    by_index = settings["index"] == "ann"
+    if by_index:
+        _refuse_index(question, parts)
+    if "tokens" in settings:
+        refuse_tokens(question, how, parts)
+        refuse_pairs(parts[0])
+    if "histogram" in settings:
+        refuse_histogram(how, settings["index"])
+    if question.data is not None:
+        refuse_united(parts, "`data`")
+    metric = metric_for(question.metric, parts)
+    refuse_part(how, parts, metric)
+    if on_ray:
+        refuse_terms_on_ray(metric, question.precondition)
+    if by_index:
+        some_layers = bool(question.layers or question.exclude_layers)
+        refuse_lengths(metric, some_layers=some_layers, preconditioned=question.precondition != "none")
+    return metric
+
+
 def _refuse_on_ray(options: QueryOptions) -> None:
     """UsageError for what is not done by a search of the best rows of each range. It comes before any work."""
-    not_done = {
-        "`run`": options.run is not None,
-        f"`index={options.index}`": options.index != "exact",
-        "`with_scores`": options.with_scores is not None,
-        "`lexical`": options.lexical is not None,
-        "`combine=rank-fusion`": options.combine == "rank-fusion",
-        "`report`": options.report is not None,
-        "`histogram`": options.histogram,
-        "`near`": options.near is not None,
-    }
-    for option in (option for option, given in not_done.items() if given):
+    ranked = ("combine",) if options.combine == "rank-fusion" else ()
+    for option in given(options, ("run", "index", "with_scores", "lexical", *ranked, "report", "histogram", "near")):
         raise UsageError(
             f"`engine=ray` gives the best rows by exact search of a part, and {option} needs something else: leave one "
             "of the two out"
@@ -272,12 +262,7 @@ def _refuse_index(question: Question, parts: Sequence[Part]) -> None:
     """
     if len(parts) > 1:
         raise UsageError(f"an index is of one part, the scores are summed over {len(parts)}; use `index=exact`")
-    needs_all = {
-        "`with_scores`": question.with_scores is not None,
-        "`lexical`": question.lexical is not None,
-        f"`combine={question.combine}`": question.combine != "mean",
-    }
-    for option in (option for option, given in needs_all.items() if given):
+    for option in given(question, ("with_scores", "lexical", "combine")):
         raise UsageError(f"{option} needs the scores of all rows, which an index does not give; use `index=exact`")
 
 

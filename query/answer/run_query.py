@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.settings.keywords import part_of
-from ghoststore.settings.question import QueryOptions
+from ghoststore.settings.option import given
+from ghoststore.settings.question import QueryOptions, RerankOptions
 from query.answer.results import QueryHits, QueryResult, RunHit
 from query.ask.blend import rankings_of
 from query.ask.run_question import RunQuestion
@@ -15,21 +16,14 @@ from query.ask.run_scorer import RunScorer, VisitSums, opened_val_set
 from query.common.texts import texts_of
 from query.search.top_k import Ranking
 
+OF_PARTS = ("index", "index_name", *(spec.name for spec in fields(RerankOptions)), "report", "tokens", "histogram")
+"""Options of a query that a run has no use for, beside those that `RunQuestion` refuses."""
+
 
 def query_run(options: QueryOptions, progress: Progress) -> QueryResult:
     """The answer to a question to a run, see :func:`ghoststore.query`."""
-    of_parts = {
-        f"index={options.index}": options.index != "exact",
-        "index_name": options.index_name is not None,
-        "rerank": options.rerank is not None,
-        "rerank_with": options.rerank_with != "exact",
-        "report": options.report is not None,
-        "tokens": options.tokens,
-        "histogram": options.histogram,
-    }
-    for name, given in of_parts.items():
-        if given:
-            raise UsageError(f"`{name}` is for parts, and `run={options.run}` asks a training run: leave it out")
+    for option in given(options, OF_PARTS):
+        raise UsageError(f"{option} is for parts, and `run={options.run}` asks a training run: leave it out")
     question = replace(part_of(RunQuestion, options), all_candidates=options.candidates)
     with opened_val_set(question, progress) as val_set, question.opened_minus(progress) as minus:
         scorer = RunScorer(question, val_set, progress, minus)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
+from ghoststore.settings.option import given
 from ghoststore.store import Part
 from query.ann.index import AnnIndex
 from query.ask.blend import rankings_of
@@ -40,17 +41,11 @@ def refuse_rerank(question: Question, how: Reranking, top_k: int, bottom_k: int)
             "`rerank` scores in the metric that the part was built in, and `precondition` is another one: leave "
             "`precondition` out, and query a part that was built with `precondition=kronecker`, the default"
         )
-    unfit = {
-        "`with_scores`": question.with_scores is not None,
-        "`lexical`": question.lexical is not None,
-        f"`combine={question.combine}`": question.combine != "mean",
-    }
-    for option, is_given in unfit.items():
-        if is_given:
-            raise UsageError(
-                f"`rerank` scores rows by one product with each query; it cannot be used with {option}: leave one of "
-                "the two out"
-            )
+    for option in given(question, ("with_scores", "lexical", "combine")):
+        raise UsageError(
+            f"`rerank` scores rows by one product with each query; it cannot be used with {option}: leave one of the "
+            "two out"
+        )
 
 
 def refuse_part(how: Reranking, parts: Sequence[Part], metric: Metric) -> None:

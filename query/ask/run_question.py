@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ghoststore.corpus import Fields
 from ghoststore.errors import UsageError
-from ghoststore.settings.option import check_at_least
+from ghoststore.settings.option import check_at_least, given
 from ghoststore.settings.question import QueryOptions, RunGradientsOptions, SelectOptions
 from ghoststore.settings.shared import WeightOption
 from ghoststore.store import Run
@@ -27,16 +26,8 @@ class RunQuestion(RunGradientsOptions, Question):
         check_at_least(1, last=self.last)
         if self.last is not None and self.step_window is not None:
             raise UsageError("`last` is a window of steps, and so is `step_window`: give one of them")
-        of_parts = {
-            "`part`": self.part is not None,
-            "`part_weights`": self.part_weights is not None,
-            f"`precondition={self.precondition}`": self.precondition != "none",
-            "`with_scores`": self.with_scores is not None,
-            "`lexical`": self.lexical is not None,
-        }
-        for name, given in of_parts.items():
-            if given:
-                raise UsageError(f"{name} is for parts, and `run={self.run}` asks a training run: give one of the two")
+        for option in given(self, ("part", "part_weights", "precondition", "with_scores", "lexical")):
+            raise UsageError(f"{option} is for parts, and `run={self.run}` asks a training run: give one of the two")
         if self.val_set is not None and self.checkpoint is None:
             raise UsageError(
                 "give `checkpoint`, a checkpoint of that training: the gradient of `val_set` is taken there. Or leave "
@@ -45,21 +36,11 @@ class RunQuestion(RunGradientsOptions, Question):
         self.checkpoints(1)  # refuses several
 
     def _refuse_without_val_set(self) -> None:
-        of_val_set = {
-            "`checkpoint`": self.checkpoint is not None,
-            "`tokenizer`": self.tokenizer is not None,
-            "`each`": self.each,
-            "`group_field`": self.group_field is not None,
-            "`minus`": self.minus is not None,
-            "`max_samples`": self.max_samples is not None,
-            "`phrase`": self.phrase is not None,
-            "`fields`": self.fields not in (None, Fields()),
-        }
-        for name, given in of_val_set.items():
-            if given:
-                raise UsageError(
-                    f"{name} is for a val set: give `val_set`, or leave it out for each step's own val gradient"
-                )
+        of_val_set = ("checkpoint", "tokenizer", "each", "group_field", "minus", "max_samples", "phrase", "fields")
+        for option in given(self, of_val_set):
+            raise UsageError(
+                f"{option} is for a val set: give `val_set`, or leave it out for each step's own val gradient"
+            )
 
     def window(self, run: Run) -> Steps:
         """The steps that count. UsageError if none of them is committed."""
@@ -72,8 +53,8 @@ def refuse_options_of_runs(options: QueryOptions | SelectOptions, **flags: bool)
     """UsageError for options that only a training run has a use for, where there is none. ``flags`` are further ones,
     by name.
     """
-    given = {"step_window": options.step_window is not None, "last": options.last is not None, **flags}
-    for name, is_given in given.items():
+    of_runs = {"step_window": options.step_window is not None, "last": options.last is not None, **flags}
+    for name, is_given in of_runs.items():
         if is_given:
             raise UsageError(f"`{name}` belongs to `run`, the gradients that a training run keeps")
     if options.weight != WeightOption.weight and options.with_scores is None:

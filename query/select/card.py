@@ -14,18 +14,19 @@ from typing import Any, cast
 
 from ghoststore.settings.flags import entries_of, flag_words
 from ghoststore.settings.question import QuotaOption, SelectOptions
-from ghoststore.settings.shared import in_memory
+from ghoststore.settings.shared import in_memory, is_paths
 from ghoststore.shown import visible
 from ghoststore.software import versions_of
 from query.select.report import SelectReport
 
-SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
-"""The hub's names of sizes, by the number of rows below which they hold; further ones follow the same pattern."""
-LARGER = ((10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B"))
+SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+"""The bounds of the hub's names of sizes, each ten times the one before."""
 TAGS = ("ghoststore", "data-selection", "data-attribution")
 MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|~:@^$-])")
 MOST_CHARACTERS = 200
 """Of a name in the card."""
+OBJECTS = ("data", "val_set", "minus", "checkpoint", "tokenizer")
+"""Options that take objects in memory, too."""
 BESIDE_SCORES = {"part", "run", "val_set", "checkpoint", "out", "unit", "repeated_ids", "val_rows", "rows", "ranking"}
 """Settings that the table of settings does not repeat."""
 
@@ -65,7 +66,11 @@ def _configs(file: str) -> list[dict[str, Any]]:
 
 
 def _size(rows: int) -> str:
-    return next((name for below, name in (*SIZES, *LARGER) if rows < below), "n>1T" if rows >= 10**12 else "10B<n<100B")
+    """The hub's name for so many rows."""
+    at = max(0, len(str(rows)) - 3)
+    if at >= len(SIZES):
+        return f"n>{SIZES[-1]}"
+    return f"{SIZES[at - 1]}<n<{SIZES[at]}" if at else f"n<{SIZES[0]}"
 
 
 def _summary(report: SelectReport) -> Iterator[str]:
@@ -112,7 +117,7 @@ def _how(
 
 
 def command_line(options: SelectOptions) -> str:
-    """``ghoststore select …`` for a shell; what was given in memory is ``…``."""
+    """``ghoststore select …`` for a shell; what was given in memory, or has no flag, is ``…``."""
     words = ["ghoststore", "select"]
     for entry in entries_of(SelectOptions):
         name = entry.spec.name
@@ -122,7 +127,9 @@ def command_line(options: SelectOptions) -> str:
         if name == "quotas" and not isinstance(value, str):
             (quota,) = entries_of(QuotaOption)
             words += flag_words(quota, [f"{domain}={share}" for domain, share in value.items()])
-        elif name in ("data", "val_set", "minus", "checkpoint", "tokenizer") and in_memory(value):
+        elif name == "checkpoint" and isinstance(value, list | tuple):
+            words += flag_words(entry, ["…" if in_memory(one) else one for one in value])
+        elif name in OBJECTS and (in_memory(value) or (is_paths(value) and not entry.option.repeated)):
             words += [entry.flag, "…"]
         else:
             words += flag_words(entry, value)
@@ -175,7 +182,7 @@ def _near_duplicates(report: SelectReport) -> Iterator[str]:
     yield "## Near-duplicates of the val set"
     yield ""
     if leaks["found"] is None:
-        yield "There was no val set, so none were looked for."
+        yield "No val set was given, so none were looked for."
         return
     fate = "were left out" if leaks["policy"] == "exclude" else "were kept where they were chosen"
     yield (

@@ -177,7 +177,8 @@ def test_layers_before_the_sketch(lab: Lab, folder: Path, tmp_path: Path) -> Non
             proj_dtype="float32",
         )
     val_set = folder / "val.jsonl"
-    for settings in ({}, {"each": True}, {"group_field": "task"}, {"metric": "dot"}):
+    phrase = {"max_samples": 1, "phrase": "4:9"}
+    for settings in ({}, {"each": True}, {"group_field": "task"}, {"metric": "dot"}, phrase):
         with opened_scorer(Question(store=tmp_path / "exact", val_set=val_set, device="cpu", **settings)) as exact:
             scores = exact.scores(Silent())
         question = Question(store=tmp_path / "sketched", val_set=val_set, device="cpu", **settings)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 from collections import defaultdict
@@ -330,6 +331,19 @@ def test_hits_have_texts_and_files(folder: Path, lab: Lab, tmp_path: Path) -> No
     assert (tmp_path / "hits.csv").read_text().splitlines()[0].endswith("window_start,times,last_step")
 
 
+def test_a_phrase_of_the_val_set(folder: Path) -> None:
+    """What stands after it is nothing to a causal model: it is the completion of a prompt."""
+    text, words = "the old dog runs to the sea", " runs"
+    start = text.index(words)
+    stop = start + len(words)
+    given: dict[str, Any] = {"metric": "dot", "checkpoint": folder / "moving/checkpoint-6"}
+    found = ask(folder, val_set=[{"text": text}], phrase=f"{start}:{stop}", **given)
+    completed = scores(ask(folder, val_set=[{"prompt": text[:start], "completion": words}], **given))
+    assert scores(found) == pytest.approx(completed, abs=1e-4 * max(map(abs, completed.values())))
+    assert scores(found) != scores(ask(folder, val_set=[{"text": text}], **given))
+    assert found.settings["phrase"] == f"{start}:{stop}"
+
+
 def test_select_takes_the_best_of_a_run(folder: Path, lab: Lab, tmp_path: Path) -> None:
     ranking = list(scores(ask(folder, weight="unit", last=8)))
     made = ghoststore.select(
@@ -341,6 +355,16 @@ def test_select_takes_the_best_of_a_run(folder: Path, lab: Lab, tmp_path: Path) 
     ghoststore.select(
         store=folder / "store", run="moving", count=3, out=tmp_path / "two.jsonl", **at_checkpoint(folder)
     )
+    of_slice = {"step_window": slice(2, 10), "count": 3, "card": True}
+    card = ghoststore.select(store=folder / "store", run="moving", out=tmp_path / "carded", **of_slice).card
+    text = Path(str(card)).read_text()
+    assert "| run | moving |" in text
+    assert "No val set was given" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("ghoststore select")]
+    again = shlex.split(line.replace("carded", "again").replace(" --card", ""))[1:]
+    assert lab.run(*again).code == 0
+    chosen = [(tmp_path / f"{name}.rows.jsonl").read_bytes() for name in ("carded.report", "again.report")]
+    assert chosen[0] == chosen[1]
     assert len((tmp_path / "two.jsonl").read_text().splitlines()) == 3
     for options, words in (
         ({"diversity": "mmr"}, "compares samples at one checkpoint"),
@@ -454,6 +478,9 @@ def test_what_cannot_be_is_refused(folder: Path, lab: Lab, tmp_path: Path) -> No
         ({"precondition": "second-moment"}, "`precondition=second-moment` is for parts"),
         ({"index": "ann"}, "`index=ann` is for parts"),
         ({"rerank": 5}, "`rerank` is for parts"),
+        ({"rerank_with": "cg"}, "`rerank_with=cg` is for parts"),
+        ({"cg_steps": 3}, "`cg_steps` is for parts"),
+        ({"index_name": "i"}, "`index_name` is for parts"),
         ({"report": tmp_path / "r.html"}, "`report` is for parts"),
         ({"last": 0}, "`last` must be at least 1"),
         ({"last": 3, "step_window": "0:3"}, "`last` is a window of steps, and so is `step_window`"),

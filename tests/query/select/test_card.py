@@ -12,9 +12,11 @@ import pytest
 from huggingface_hub import DatasetCard
 
 import ghoststore
+from ghoststore.corpus import Fields
 from ghoststore.errors import UsageError
+from ghoststore.settings.question import SelectOptions, parse_quota
 from ghoststore.store import Store
-from query.select.card import escaped
+from query.select.card import _size, command_line, escaped
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -124,6 +126,39 @@ def test_a_card_that_is_there_stays(lab: Lab, built: Path, val: Path, tmp_path: 
         ghoststore.select(out=tmp_path / "best.jsonl", **options)
     assert (tmp_path / "README.md").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "val.jsonl"]
+
+
+COMMANDS: list[tuple[dict[str, Any], str]] = [
+    ({"val_set": "v w.jsonl", "fields": Fields(text="body")}, "--text-field body --val-set 'v w.jsonl' --out o"),
+    ({"run": "r", "step_window": slice(None, -5)}, "--run r --step-window :-5 --out o"),
+    ({"run": "r", "step_window": slice(2, 10), "last": 3}, "--run r --step-window 2:10 --last 3 --out o"),
+    ({"part": ["a", "b"], "checkpoint": ["c", "d"]}, "--part a --part b --checkpoint c --checkpoint d --out o"),
+    ({"data": [Path("a"), Path("b")]}, "--data a --data b --out o"),
+    ({"val_set": [Path("a"), Path("b")]}, "--val-set '…' --out o"),
+    ({"minus": ["a text"], "checkpoint": object()}, "--minus '…' --checkpoint '…' --out o"),
+    ({"quotas": {"a=b": 0.3, "c": 100, "d": 1e-5}}, "--out o --quota a=b=0.3 --quota c=100 --quota d=1e-05"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), COMMANDS, ids=[words for _, words in COMMANDS])
+def test_the_command_has_what_was_given(options: dict[str, Any], words: str) -> None:
+    assert command_line(SelectOptions(store="s", out="o", **options)) == f"ghoststore select --store s {words}"
+
+
+def test_quotas_of_the_command_are_read_back() -> None:
+    assert parse_quota("d=1e-05") == ("d", 1e-5)
+    assert parse_quota("a=b=0.3") == ("a=b", 0.3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "name"),
+    [
+        *[(1, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (123_456, "100K<n<1M"), (10**7, "10M<n<100M")],
+        *[(10**10, "10B<n<100B"), (10**11, "100B<n<1T"), (10**12, "n>1T"), (10**14, "n>1T")],
+    ],
+)
+def test_sizes_are_those_of_the_hub(rows: int, name: str) -> None:
+    assert _size(rows) == name
 
 
 def test_texts_in_memory_are_not_in_the_command(lab: Lab, built: Path, tmp_path: Path) -> None:
