@@ -19,6 +19,7 @@ from ghoststore.errors import BusyError
 from ghoststore.store import Store
 from ghoststore.store.base.objects import objects_of
 from ghoststore.store.run.journal import append_entry
+from ghoststore.store.run.pieces import side_by_side
 from tests.support.loops import plan
 from tests.support.managed_loops import config_of
 from tests.support.managed_loops import train as managed
@@ -170,7 +171,31 @@ def test_an_open_journal_reads_as_a_local_one(
     ends_like(bucket, folder, name, whole)
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "first", "swap"])
+@pytest.mark.parametrize("left", [(), ("00000001",)])
+def test_a_journal_that_goes_while_it_is_read(
+    bucket: Bucket, gym: Gym, half: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, left: tuple[str, ...]
+) -> None:
+    """Its span is committed in between: each step is read once, also where entries are there still."""
+    folder, name = half
+    monkeypatch.setattr("ghoststore.store.run.journal_files.IN_FLIGHT", 1)
+    monkeypatch.setattr("ghoststore.store.run.pieces.PIECE_BYTES", 1)
+    key = f"{name}/runs/run/journal/00000000.log/"
+    entries = {file: bucket.tree(name)[f"runs/run/journal/00000000.log/{file}"] for file in left}
+    run, late = (Store.open(f"s3://bucket/{name}").run("run") for _ in range(2))
+    expected = run.read_committed("score")
+    pieces = side_by_side(run, ["score"], run.ranges)
+    first = next(pieces)
+    assert (first.start, first.stop) == (0, 4)
+    outcome = train(gym, folder, name)
+    assert outcome.code == 0, outcome.err
+    for file, data in entries.items():
+        objects_of("s3", "bucket").put(f"{key}{file}", data)
+    found = [np.array(first.data["score"]), *(np.array(piece.data["score"]) for piece in pieces)]
+    np.testing.assert_array_equal(np.concatenate(found), expected)
+    np.testing.assert_array_equal(late.read_committed("score"), expected)
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "first", "swap", "as on a disk"])
 def test_damage_of_a_journal_is_named(bucket: Bucket, gym: Gym, half: tuple[Path, str], harm: str) -> None:
     """Nothing is taken for the unfinished end of a writer that died: an object is whole, or damaged."""
     folder, name = half
@@ -184,6 +209,9 @@ def test_damage_of_a_journal_is_named(bucket: Bucket, gym: Gym, half: tuple[Path
         objects.put(f"{key}/00000001", bytes(two[:-9]))
     elif harm == "first":
         objects.delete([f"{key}/00000000"])
+    elif harm == "as on a disk":
+        objects.put(key, bytes(one + two))
+        objects.delete([f"{key}/{number:08d}" for number in (0, 1)])
     else:
         objects.put(f"{key}/00000000", bytes(two))
         objects.put(f"{key}/00000001", bytes(one))
