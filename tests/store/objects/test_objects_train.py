@@ -161,7 +161,9 @@ def test_an_open_journal_reads_as_a_local_one(
     store = f"s3://bucket/{name}"
     run, done = Store.open(store).run("run"), Store.open(whole / "store").run("run")
     np.testing.assert_array_equal(run.read_committed("score"), done.read_committed("score")[:8])
-    assert ghoststore.verify(store).sound
+    report = ghoststore.verify(store)
+    assert (report.damage, report.leftovers, report.unknown) == ([], [], [])
+    assert ghoststore.gc(store).removed == []
     scores = ghoststore.scores(store=store, run="run").to_json()
     ghoststore.copy(store, run="run", to_store=tmp_path / "copied")
     copied = ghoststore.scores(store=tmp_path / "copied", run="run").to_json()
@@ -193,6 +195,11 @@ def test_a_journal_that_goes_while_it_is_read(
     found = [np.array(first.data["score"]), *(np.array(piece.data["score"]) for piece in pieces)]
     np.testing.assert_array_equal(np.concatenate(found), expected)
     np.testing.assert_array_equal(late.read_committed("score"), expected)
+    report = ghoststore.verify(f"s3://bucket/{name}")
+    assert (report.damage, report.unknown) == ([], [])
+    assert [file.file for file in report.leftovers] == [f"journal/00000000.log/{file}" for file in left]
+    assert ghoststore.gc(f"s3://bucket/{name}").removed == report.leftovers
+    assert ghoststore.verify(f"s3://bucket/{name}").leftovers == []
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "first", "swap", "as on a disk"])
