@@ -109,7 +109,7 @@ class Orders:
                 self._waiting.put(self._pipe.recv())
         except _HANG_UP:
             os._exit(0)
-        except Exception as error:  # the other thread waits for an order, and the other end for an answer
+        except Exception as error:  # noqa: BLE001 - the thread that waits for the order raises it
             self._waiting.put(_Unread(error))
 
 

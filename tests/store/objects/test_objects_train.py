@@ -231,6 +231,23 @@ def test_damage_of_a_journal_is_named(bucket: Bucket, gym: Gym, half: tuple[Path
     assert bucket.tree(name) == before
 
 
+def test_a_journal_that_another_tool_brought_is_left(bucket: Bucket, half: tuple[Path, str], tmp_path: Path) -> None:
+    """Moved out of the way its steps would be gone without a word; what the repair says brings them."""
+    store, (_, name) = tmp_path / "brought", half
+    for key, data in bucket.tree(name).items():
+        (store / key).parent.mkdir(parents=True, exist_ok=True)
+        (store / key).write_bytes(data)
+    before = bucket.lab.tree(store)
+    for settings in ({}, {"drop_damaged": True}):
+        (left,) = ghoststore.repair(store=store, **settings).unmended
+        assert left.file == "journal/00000000.log"
+        assert f"`ghoststore cp --store ADDRESS --run run --to-store {store}`" in left.why
+        assert bucket.lab.tree(store) == before
+    ghoststore.remove(store, run="run")
+    ghoststore.copy(f"s3://bucket/{name}", run="run", to_store=store)
+    assert Store.open(store).run("run").ranges == [(0, 8)]
+
+
 def test_another_training_of_other_numbers_is_refused(bucket: Bucket, gym: Gym, half: tuple[Path, str]) -> None:
     """Of two that write one run, one has each save interval: equal ones are one truth, others end the later writer."""
     _, name = half
