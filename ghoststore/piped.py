@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -78,6 +79,11 @@ class PipedProcess:
         self.process.wait()
 
 
+@dataclass(frozen=True, slots=True)
+class _Unread:
+    error: Exception
+
+
 class Orders:
     """The other end: what comes from the process that started this one."""
 
@@ -87,8 +93,11 @@ class Orders:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def next(self) -> Any:
-        """The next order, once it comes."""
-        return self._waiting.get()
+        """The next order, once it comes. Raises what kept it from being read, such as a class that is not here."""
+        order = self._waiting.get()
+        if isinstance(order, _Unread):
+            raise order.error
+        return order
 
     def answer(self, value: Any) -> None:
         """Send ``value``."""
@@ -100,6 +109,8 @@ class Orders:
                 self._waiting.put(self._pipe.recv())
         except _HANG_UP:
             os._exit(0)
+        except Exception as error:  # noqa: BLE001 - the thread that waits for the order raises it
+            self._waiting.put(_Unread(error))
 
 
 @contextmanager

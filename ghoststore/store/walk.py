@@ -22,7 +22,8 @@ from ghoststore.store.spans.soundness import undecided
 
 Kind = Literal["data", "leftover", "unknown"]
 _RECORD = re.compile(r"commits/[0-9]{8}\.json")
-_JOURNAL = re.compile(r"journal/(?:([0-9]{8})\.log|skipped\.json)")
+JOURNAL = re.compile(r"journal/(?:([0-9]{8})\.log(?:/[0-9]{8})?|skipped\.json)")
+"""Also the entries of a journal in an object store."""
 _CHUNK = re.compile(r"([^/]+)/c/([0-9]{1,12})((?:/0)*)")
 _MOMENT = re.compile(rf"{SECOND_MOMENT}/.*-[0-9a-f]{{16}}\.(safetensors|npy)")
 
@@ -102,7 +103,7 @@ class Census:
             return "leftover"
         if name == "zarr.json" or name in self._source.files or name in self._caches or _RECORD.fullmatch(name):
             return "data"
-        if isinstance(self._source, Run) and (match := _JOURNAL.fullmatch(name)):
+        if isinstance(self._source, Run) and (match := JOURNAL.fullmatch(name)):
             # The journal of a committed span is one that its writer did not remove any more.
             return "leftover" if match[1] and int(match[1]) in self._spans else "data"
         if match := _CHUNK.fullmatch(name):

@@ -41,6 +41,7 @@ from ghoststore.store.manage.mend import (
 )
 from ghoststore.store.part.part import SPAN_TABLE, create_fixed
 from ghoststore.store.run.dropping import drop_damaged_steps
+from ghoststore.store.run.journal import FOLDER as JOURNAL
 from ghoststore.store.run.ranges import inside, without
 from ghoststore.store.run.saver import rebuild_from_journals
 from ghoststore.store.spans.commits import Commit, commit_path, read_commit
@@ -137,6 +138,12 @@ class _Repair:
         kind: type[Spanned[Any]] = Part if of_part else Run
         if any(links_below(path)):
             return self._left("put the files themselves in place of links: nothing is written where one leads")
+        if any((path / JOURNAL).glob("*.log/[0-9]*")):
+            return self._left(
+                "a journal is a folder here, as in the object store that it comes from. Remove this copy and bring the "
+                f"run with `ghoststore cp --store ADDRESS --run {name} --to-store {self._store.path}`, which makes a "
+                "file of it"
+            )
         self.mended += restore_opening(kind, path, self._owner)
         try:
             source = kind(path)

@@ -31,7 +31,7 @@ from ghoststore.store.spans.withdrawn import FOLDER as WITHDRAWN
 from ghoststore.store.spans.withdrawn import FOREIGN, withdrawn_folder, withdrawn_spans
 from ghoststore.store.store import Store
 from ghoststore.store.verify import Owner, StoredFile
-from ghoststore.store.walk import Census, entries_below, is_unfinished, size_of
+from ghoststore.store.walk import JOURNAL, Census, entries_below, is_unfinished, size_of
 
 _DECIDED = re.compile(r"commits/\.([0-9]{8})(?:\.[0-9]+)?\.(?:intent|recorded)")
 
@@ -164,7 +164,7 @@ class _Collection:
                 if int(match[1]) >= source.layout.spans or commit_path(source.path, int(match[1])).exists():
                     yield name, path
             # So is the journal of a span with a record.
-            elif name.endswith(".log") or left_behind(path, set()):
+            elif JOURNAL.fullmatch(name) or left_behind(path, set()):
                 yield name, path
 
     def _drop_stale(self, part: Part, owner: Owner) -> None:

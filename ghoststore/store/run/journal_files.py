@@ -61,14 +61,24 @@ class FileBytes:
 
 
 class ObjectBytes:
-    """A journal in an object store, as it was listed. FileNotFoundError if it is gone."""
+    """A journal in an object store, as it was listed. FileNotFoundError if it is gone, CorruptError if entries that
+    others follow are: what follows would be read in their place.
+    """
 
     whole = True
 
     def __init__(self, path: ObjectPath) -> None:
+        if path.is_file():
+            raise CorruptError(
+                f"{path} is one object, as if it had come from a disk: in an object store a journal is a folder of "
+                "objects. End the training with its store on the disk, and copy the run"
+            )
         self._entries = sorted(
             (entry for entry in path.iterdir() if _NUMBER.fullmatch(entry.name)), key=lambda entry: entry.name
         )
+        for number, entry in enumerate(self._entries):
+            if int(entry.name) != number:
+                raise CorruptError(f"{path} lacks its entry {number:08d}")
         self._sizes = [entry.stat().st_size for entry in self._entries]  # as listed
         self._starts = [0, *accumulate(self._sizes)]
         self._read: dict[int, bytes] = {}

@@ -83,8 +83,12 @@ def _cut(spec: ArraySpec, first: int, data: NDArray[Any], start: int, stop: int)
 
 
 def _of_journal(run: Run, journal: Journal, specs: Sequence[ArraySpec], steps: Steps) -> Iterator[Pieces]:
-    """Stream steps of a span that was open when the run was opened."""
-    names = {spec.name for spec in specs}
+    """Stream steps of a span that was open when the run was opened.
+
+    Its journal is removed when it is committed, in an object store entry by entry, maybe while it is read: the steps
+    that are left are in chunks then.
+    """
+    names, left = {spec.name for spec in specs}, steps[0]
     entries = sorted(
         (entry for entry in journal.entries if inside([(entry.start, entry.stop)], steps)), key=lambda e: e.start
     )
@@ -96,11 +100,13 @@ def _of_journal(run: Run, journal: Journal, specs: Sequence[ArraySpec], steps: S
                 start, stop = max(batch[0].start, steps[0]), min(batch[-1].stop, steps[1])
                 piece = {spec.name: _cut(spec, batch[0].start, data[spec.name], start, stop) for spec in specs}
                 yield Pieces(start, stop, piece)
-    except FileNotFoundError:
-        # A journal is removed when its span is committed: its steps are in chunks now.
+                left = stop
+    except (FileNotFoundError, CorruptError) as error:  # of some entries alone the bytes are not those of the journal
         if not commit_path(run.path, journal.span).exists():
+            if isinstance(error, CorruptError):
+                raise
             raise CorruptError(f"{journal.path} is missing, and its span is not committed") from None
-        yield from _of_chunks(run, specs, steps)
+        yield from _of_chunks(run, specs, (left, steps[1]))
 
 
 def _batches(entries: Sequence[Any], most: int) -> Iterator[list[Any]]:

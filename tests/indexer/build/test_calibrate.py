@@ -246,6 +246,45 @@ def test_rows_that_are_not_finite_are_left_out(longest: int, monkeypatch: pytest
         learn(model, plan, [row(70, [3, odd, 4])])
 
 
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_row_of_which_one_of_loss_and_gradient_is_not_finite(what: str) -> None:
+    model, rows, odd = small(), some_rows(), VOCABULARY - 1
+    plan = plan_of(model, precondition="kronecker")
+    for one in rows:
+        one.tokens[one.tokens == odd] = 1
+
+    def without_word(module: Any, args: Any, logits: Tensor) -> Tensor:
+        return logits.index_fill(2, torch.tensor([odd]), -torch.inf)  # as a target: an infinite loss, finite gradients
+
+    def steep(module: Any, args: Any, y: Tensor) -> Tensor:
+        """``y`` and, where a row has the word, a gradient of 0 · ∞."""
+        flat_B11 = (ids[-1] == odd).any(1).view(-1, 1, 1)
+        return y + torch.where(flat_B11, y * 0, torch.ones_like(y)).sqrt() - (~flat_B11).to(y.dtype)
+
+    ids: list[Tensor] = []
+    if what == "loss":
+        model.lm_head.register_forward_hook(without_word)
+    else:
+        model.transformer.wte.register_forward_pre_hook(lambda module, args: ids.append(args[0]))
+        model.transformer.h[0].mlp.register_forward_hook(steep)
+    wanted = learn(model, plan, rows)
+    learned = learn(model, plan, [*rows, row(70, [3, 4, odd])])
+    assert learned.samples == wanted.samples == len(rows)
+    for name, pair in factors_of(learned).items():
+        for factor, expected in zip(pair, factors_of(wanted)[name], strict=True):
+            same(dense(factor), dense(expected), 1e-5)
+
+
+def test_no_row_is_padded_where_that_changes_others() -> None:
+    model, seen = small(), list[bool]()
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(bool(kwargs["attention_mask"].all())), with_kwargs=True
+    )
+    learn(model, plan_of(model, precondition="kronecker"), some_rows(), padding=False)
+    assert seen
+    assert all(seen)
+
+
 def test_nothing_to_learn_from() -> None:
     model = small()
     plan = plan_of(model, precondition="kronecker", layers=("mlp",))

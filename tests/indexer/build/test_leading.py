@@ -69,6 +69,7 @@ def test_fewer_terms_than_eigenvectors(n: int) -> None:
     y_NC = numbers(n, 3)
     factor = fed(y_NC, 12, 3).factor()
     assert int((factor.values > 1e-5 * factor.values[0]).sum()) == 3
+    assert float(factor.values.min()) >= 0
     values = torch.linalg.eigvalsh(mean_of(y_NC, 3)).flip(0)[:3]
     torch.testing.assert_close(factor.values[:3].double(), values, rtol=1e-4, atol=0)
     torch.testing.assert_close(factor.vectors @ factor.vectors.t(), torch.eye(12), rtol=0, atol=1e-5)

@@ -19,6 +19,7 @@ from ghoststore.errors import BusyError
 from ghoststore.store import Store
 from ghoststore.store.base.objects import objects_of
 from ghoststore.store.run.journal import append_entry
+from ghoststore.store.run.pieces import side_by_side
 from tests.support.loops import plan
 from tests.support.managed_loops import config_of
 from tests.support.managed_loops import train as managed
@@ -160,7 +161,9 @@ def test_an_open_journal_reads_as_a_local_one(
     store = f"s3://bucket/{name}"
     run, done = Store.open(store).run("run"), Store.open(whole / "store").run("run")
     np.testing.assert_array_equal(run.read_committed("score"), done.read_committed("score")[:8])
-    assert ghoststore.verify(store).sound
+    report = ghoststore.verify(store)
+    assert (report.damage, report.leftovers, report.unknown) == ([], [], [])
+    assert ghoststore.gc(store).removed == []
     scores = ghoststore.scores(store=store, run="run").to_json()
     ghoststore.copy(store, run="run", to_store=tmp_path / "copied")
     copied = ghoststore.scores(store=tmp_path / "copied", run="run").to_json()
@@ -170,7 +173,36 @@ def test_an_open_journal_reads_as_a_local_one(
     ends_like(bucket, folder, name, whole)
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "first", "swap"])
+@pytest.mark.parametrize("left", [(), ("00000001",)])
+def test_a_journal_that_goes_while_it_is_read(
+    bucket: Bucket, gym: Gym, half: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, left: tuple[str, ...]
+) -> None:
+    """Its span is committed in between: each step is read once, also where entries are there still."""
+    folder, name = half
+    monkeypatch.setattr("ghoststore.store.run.journal_files.IN_FLIGHT", 1)
+    monkeypatch.setattr("ghoststore.store.run.pieces.PIECE_BYTES", 1)
+    key = f"{name}/runs/run/journal/00000000.log/"
+    entries = {file: bucket.tree(name)[f"runs/run/journal/00000000.log/{file}"] for file in left}
+    run, late = (Store.open(f"s3://bucket/{name}").run("run") for _ in range(2))
+    expected = run.read_committed("score")
+    pieces = side_by_side(run, ["score"], run.ranges)
+    first = next(pieces)
+    assert (first.start, first.stop) == (0, 4)
+    outcome = train(gym, folder, name)
+    assert outcome.code == 0, outcome.err
+    for file, data in entries.items():
+        objects_of("s3", "bucket").put(f"{key}{file}", data)
+    found = [np.array(first.data["score"]), *(np.array(piece.data["score"]) for piece in pieces)]
+    np.testing.assert_array_equal(np.concatenate(found), expected)
+    np.testing.assert_array_equal(late.read_committed("score"), expected)
+    report = ghoststore.verify(f"s3://bucket/{name}")
+    assert (report.damage, report.unknown) == ([], [])
+    assert [file.file for file in report.leftovers] == [f"journal/00000000.log/{file}" for file in left]
+    assert ghoststore.gc(f"s3://bucket/{name}").removed == report.leftovers
+    assert ghoststore.verify(f"s3://bucket/{name}").leftovers == []
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "first", "swap", "as on a disk"])
 def test_damage_of_a_journal_is_named(bucket: Bucket, gym: Gym, half: tuple[Path, str], harm: str) -> None:
     """Nothing is taken for the unfinished end of a writer that died: an object is whole, or damaged."""
     folder, name = half
@@ -184,6 +216,9 @@ def test_damage_of_a_journal_is_named(bucket: Bucket, gym: Gym, half: tuple[Path
         objects.put(f"{key}/00000001", bytes(two[:-9]))
     elif harm == "first":
         objects.delete([f"{key}/00000000"])
+    elif harm == "as on a disk":
+        objects.put(key, bytes(one + two))
+        objects.delete([f"{key}/{number:08d}" for number in (0, 1)])
     else:
         objects.put(f"{key}/00000000", bytes(two))
         objects.put(f"{key}/00000001", bytes(one))
@@ -194,6 +229,23 @@ def test_damage_of_a_journal_is_named(bucket: Bucket, gym: Gym, half: tuple[Path
     assert outcome.code == 4, outcome.err
     assert "journal/00000000.log" in outcome.err
     assert bucket.tree(name) == before
+
+
+def test_a_journal_that_another_tool_brought_is_left(bucket: Bucket, half: tuple[Path, str], tmp_path: Path) -> None:
+    """Moved out of the way its steps would be gone without a word; what the repair says brings them."""
+    store, (_, name) = tmp_path / "brought", half
+    for key, data in bucket.tree(name).items():
+        (store / key).parent.mkdir(parents=True, exist_ok=True)
+        (store / key).write_bytes(data)
+    before = bucket.lab.tree(store)
+    for settings in ({}, {"drop_damaged": True}):
+        (left,) = ghoststore.repair(store=store, **settings).unmended
+        assert left.file == "journal/00000000.log"
+        assert f"`ghoststore cp --store ADDRESS --run run --to-store {store}`" in left.why
+        assert bucket.lab.tree(store) == before
+    ghoststore.remove(store, run="run")
+    ghoststore.copy(f"s3://bucket/{name}", run="run", to_store=store)
+    assert Store.open(store).run("run").ranges == [(0, 8)]
 
 
 def test_another_training_of_other_numbers_is_refused(bucket: Bucket, gym: Gym, half: tuple[Path, str]) -> None:
