@@ -39,6 +39,10 @@ PAGES = [
 ]
 
 
+OTHER_OPTIONS = {"--array", "--help", "--mode", "--packing", "--version"}
+"""Of SLURM, of every command, of examples."""
+
+
 def command(name: str) -> click.Command:
     found = cli.get_command(click.Context(cli), name)
     assert found is not None
@@ -85,11 +89,38 @@ def test_targets_in_the_docs_exist() -> None:
             assert set(re.findall(r"^make ([a-z-]+)", block, flags=re.MULTILINE)) <= targets, page
 
 
+def anchors(page: Path) -> set[str]:
+    """Those that a git host gives the headings of a page."""
+    text = re.sub(r"^( *)```.*?^\1```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ +(.+?) *$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if "://" in link:
+                continue
+            target, _, anchor = link.partition("#")
+            to = page.parent / target if target else page
+            assert to.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(to), f"{page.name}: {link}"
+
+
+def test_options_named_in_the_docs_exist() -> None:
+    """In prose: words in backticks that begin with two dashes, but for those of other programs. Design notes speak of
+    options that were not made.
+    """
+    options = {flag for name in COMMANDS for p in command(name).params for flag in (*p.opts, *p.secondary_opts)}
+    for page in PAGES:
+        if "design" in page.parts:
+            continue
+        text = re.sub(r"^( *)```.*?^\1```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for span in re.findall(r"`([^`]+)`", text):
+            if not span.startswith(("--", "ghoststore ", *COMMANDS)):
+                continue
+            named = set(re.findall(r"(?<!\S)--[a-z][a-z-]*(?![\w…-])", span))
+            assert named <= options | OTHER_OPTIONS, f"{page.name}: {span}"
 
 
 @pytest.mark.parametrize("name", ["adapters", "models", "scale"])
