@@ -82,6 +82,19 @@ def test_every_command_line_in_the_docs_exists(page: str, line: str) -> None:
     assert {word for word in arguments if word.startswith("--")} <= options, f"{page}: {line}"
 
 
+def test_files_named_in_the_docs_exist() -> None:
+    """In backticks: paths from the root, and tests by the names of their file and function."""
+    roots = "tests|benchmarks|docs|examples|indexer|query|ghoststore"
+    for page in PAGES:
+        text = page.read_text()
+        for name in re.findall(rf"`((?:{roots})/[\w./*-]*)`", text):
+            assert list(ROOT.glob(name)), f"{page.name}: {name}"
+        for name, function in re.findall(r"`(?:tests/[\w/]*)?(test_\w+\.py)(?:::(\w+))?`", text):
+            files = [file.read_text() for file in ROOT.glob(f"tests/**/{name}")]
+            assert files, f"{page.name}: {name}"
+            assert any(f"def {function}" in source for source in files), f"{page.name}: {name}::{function}"
+
+
 def test_targets_in_the_docs_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for page in PAGES:
