@@ -121,7 +121,9 @@ def tests(pack: Pack) -> None:
     told = done.stdout.strip().splitlines()
     print(done.stdout[-6000:], file=sys.stderr)
     summary = told[-1] if told else done.stderr[-300:]
-    pack.results.add(Table("Tests that need a GPU", [{"summary": summary.strip("= ")}]), tests=summary)
+    wrong = [line for line in told if line.startswith(("FAILED ", "ERROR "))]
+    rows = [{"summary": line} for line in (summary.strip("= "), *wrong)]
+    pack.results.add(Table("Tests that need a GPU", rows), tests=summary, tests_that_failed=wrong)
     if done.returncode:
         raise RuntimeError(f"pytest: {summary}")
 

@@ -39,6 +39,10 @@ PAGES = [
 ]
 
 
+OTHER_OPTIONS = {"--array", "--help", "--mode", "--packing", "--version"}
+"""Of SLURM, of every command, of examples."""
+
+
 def command(name: str) -> click.Command:
     found = cli.get_command(click.Context(cli), name)
     assert found is not None
@@ -78,6 +82,19 @@ def test_every_command_line_in_the_docs_exists(page: str, line: str) -> None:
     assert {word for word in arguments if word.startswith("--")} <= options, f"{page}: {line}"
 
 
+def test_files_named_in_the_docs_exist() -> None:
+    """In backticks: paths from the root, and tests by the names of their file and function."""
+    roots = "tests|benchmarks|docs|examples|indexer|query|ghoststore"
+    for page in PAGES:
+        text = page.read_text()
+        for name in re.findall(rf"`((?:{roots})/[\w./*-]*)`", text):
+            assert list(ROOT.glob(name)), f"{page.name}: {name}"
+        for name, function in re.findall(r"`(?:tests/[\w/]*)?(test_\w+\.py)(?:::(\w+))?`", text):
+            files = [file.read_text() for file in ROOT.glob(f"tests/**/{name}")]
+            assert files, f"{page.name}: {name}"
+            assert any(f"def {function}" in source for source in files), f"{page.name}: {name}::{function}"
+
+
 def test_targets_in_the_docs_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for page in PAGES:
@@ -85,11 +102,38 @@ def test_targets_in_the_docs_exist() -> None:
             assert set(re.findall(r"^make ([a-z-]+)", block, flags=re.MULTILINE)) <= targets, page
 
 
+def anchors(page: Path) -> set[str]:
+    """Those that a git host gives the headings of a page."""
+    text = re.sub(r"^( *)```.*?^\1```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ +(.+?) *$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if "://" in link:
+                continue
+            target, _, anchor = link.partition("#")
+            to = page.parent / target if target else page
+            assert to.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(to), f"{page.name}: {link}"
+
+
+def test_options_named_in_the_docs_exist() -> None:
+    """In prose: words in backticks that begin with two dashes, but for those of other programs. Design notes speak of
+    options that were not made.
+    """
+    options = {flag for name in COMMANDS for p in command(name).params for flag in (*p.opts, *p.secondary_opts)}
+    for page in PAGES:
+        if "design" in page.parts:
+            continue
+        text = re.sub(r"^( *)```.*?^\1```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for span in re.findall(r"`([^`]+)`", text):
+            if not span.startswith(("--", "ghoststore ", *COMMANDS)):
+                continue
+            named = set(re.findall(r"(?<!\S)--[a-z][a-z-]*(?![\w…-])", span))
+            assert named <= options | OTHER_OPTIONS, f"{page.name}: {span}"
 
 
 @pytest.mark.parametrize("name", ["adapters", "models", "scale"])

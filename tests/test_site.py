@@ -98,9 +98,12 @@ def test_every_link_of_the_site_leads_somewhere(site: Path, pages: dict[Path, Pa
 
 
 @pytest.mark.slow
-def test_nothing_is_fetched_from_elsewhere(site: Path, pages: dict[Path, Page]) -> None:
+def test_what_pages_load_is_there_and_nothing_is_fetched_from_elsewhere(site: Path, pages: dict[Path, Page]) -> None:
     for path, page in pages.items():
         assert not [address for address in page.loads if elsewhere(address)], path
+        loaded = [urlsplit(address.strip("'\"")) for address in page.loads]
+        files = [unquote(parts.path) for parts in loaded if not parts.scheme and parts.path]
+        assert not [file for file in files if not (path.parent / file).exists()], path
     for sheet in site.rglob("*.css"):
         fetched = re.findall(r"url\(([^)]*)\)|@import\s+(\S+)", sheet.read_text(encoding="utf-8"))
         assert not [found for found in fetched if elsewhere(found[0] or found[1])], sheet

@@ -13,7 +13,7 @@ import sys
 from PIL import Image
 
 page = Image.open(sys.argv[1])
-page.crop((0, 990, 1000, 1530)).quantize(64).save("docs/images/hits.png", optimize=True)
+page.crop((0, 990, 1000, 1503)).quantize(64).save("docs/images/hits.png", optimize=True)
 page.crop((0, 240, 1000, 525)).quantize(64).save("docs/images/histogram.png", optimize=True)
 END
 rm -r "$work"

@@ -296,9 +296,8 @@ class Reference:
         about = "What `progress` of a function takes: an object with these methods; without one nothing is shown."
         pieces.append(f"## Progress\n\n`ghoststore.progress.Progress`. {about}")
         for kind in (progress.Progress, progress.Task):
-            pieces.append(
-                f"### {kind.__name__}\n\n{docstring(kind, self.links)}"
-            ) if kind is not progress.Progress else None
+            if kind is not progress.Progress:
+                pieces.append(f"### {kind.__name__}\n\n{docstring(kind, self.links)}")
             for member, value in vars(kind).items():
                 if inspect.isfunction(value) and member[0] != "_" and value.__doc__:
                     pieces.append(f"```py\n{signature(member, value)}\n```\n\n{docstring(value, self.links)}")

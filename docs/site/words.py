@@ -125,8 +125,6 @@ def _members_of_source(node: ast.expr, names: Mapping[str, Any]) -> Iterator[str
     if isinstance(node, ast.BinOp):
         yield from _members_of_source(node.left, names)
         yield from _members_of_source(node.right, names)
-    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-        yield from members(node.value, names)
     elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal":
         words = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         yield from _words(ast.literal_eval(word) for word in words)
@@ -159,10 +157,7 @@ def default(value: Any) -> str:
 
 def signature(called: str, of: Callable[..., Any], *, typed: bool = True) -> str:
     """``called(…) -> …`` as Python, on one line if there is room; without types if a table has them."""
-    try:
-        shape = inspect.signature(of)
-    except ValueError:
-        return called
+    shape = inspect.signature(of)
     words, keyword_only = [], False
     for parameter in shape.parameters.values():
         if parameter.name in ("self", "cls"):
