@@ -243,11 +243,8 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
-LONGEST = (
-    "test_pages_that_teach.py",
-    "test_dotprod_compiled.py",
-)
-"""Files of a minute and more, the longest first. They are begun first: at the end each would leave a worker idle."""
+LONGEST = ("test_dotprod_compiled.py", "test_benchmarks.py", "test_pages_that_teach.py")
+"""Files of a minute and more. They are begun first: at the end each would leave the other workers idle."""
 
 
 @pytest.hookimpl(tryfirst=True)

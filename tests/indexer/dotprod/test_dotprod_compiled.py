@@ -37,7 +37,10 @@ pytestmark = [
 
 INDUCTOR = pytest.param(
     "inductor",
-    marks=pytest.mark.skipif(shutil.which("gcc") is None and shutil.which("c++") is None, reason="no C compiler here"),
+    marks=[
+        pytest.mark.slow,
+        pytest.mark.skipif(shutil.which("gcc") is None and shutil.which("c++") is None, reason="no C compiler here"),
+    ],
 )
 BATCHES = [BATCH, examples((8, 5, 12), seed=3), examples((8, 9, 5, 12, 6), seed=4), BATCH[:3]]
 """Of several sizes: the second makes a graph anew, the others may."""
@@ -98,7 +101,7 @@ the test of pairs."""
 # A tiny net: what an engine goes through.
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("backend", ["eager", INDUCTOR])
 @pytest.mark.parametrize("way", WAYS)
 def test_batches_of_several_sizes_attached_twice(way: Callable[[Any, str], tuple[Any, Any]], backend: str) -> None:
