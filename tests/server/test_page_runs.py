@@ -220,7 +220,7 @@ def test_a_store_is_chosen(page: Any, lab: Lab, store: Path, built: Path) -> Non
         page.locator("#text").fill("the old dog")
         page.get_by_role("button", name="Rank").click()
         page.locator(".hit").first.wait_for()
-        assert f"--store {built}" in page.locator(".again pre").text_content()
+        assert f"--store {built}" in page.locator("#answer .again pre").text_content()
         page.reload()
         page.locator(".hit").first.wait_for()
         assert page.said == []

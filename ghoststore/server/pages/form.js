@@ -18,7 +18,10 @@ function showKind() {
   for (const box of form.querySelectorAll("[data-kind]")) box.hidden = box.dataset.kind !== kind();
 }
 
+let listed = { parts: [] }; // the store whose parts the form names
+
 export function fill(store, state) {
+  listed = store;
   const parts = store.parts.map((part) => part.name);
   byId("part").replaceChildren(...parts.map((name) => make("option", { value: name }, name)));
   for (const name of FIELDS) {
@@ -30,7 +33,7 @@ export function fill(store, state) {
   byId("more").open = MORE.some((name) => state.has(name));
   showKind();
   fillPhrase(state.get("phrase"));
-  const suggest = () => showDomains(domainsOf(store));
+  const suggest = () => showDomains(domains());
   byId("part").onchange = suggest;
   suggest();
 }
@@ -130,6 +133,9 @@ export function chooseDomain(name) {
 }
 
 const domainsOf = (store) => store.parts.find((part) => part.name === byId("part").value)?.manifest.corpus.domains || [];
+
+// Those of the part that is asked.
+export const domains = () => domainsOf(listed);
 
 function showDomains(domains) {
   byId("conditions").replaceChildren(...domains.map((name) => make("option", { value: `domain = ${quoted(name)}` })));
