@@ -91,6 +91,8 @@ def test_where_a_sample_was_trained_on(page: Any, explorer: ghoststore.Explorer)
     assert steps == [str(visit["step"]) for visit in history]
     drawn = [visit for visit in history if visit["cumulative"] is not None]
     assert trained.locator(".dot").count() == len(drawn)
+    colours = trained.evaluate("e => ['.dot', '.worth'].map(name => getComputedStyle(e.querySelector(name)).stroke)")
+    assert colours[0] == colours[1] != "none"
     at(page, explorer, "sample/part/13")
     section(page, "Trained on").get_by_text("has no sample with the id").wait_for()
     assert section(page, "Nearest rows").count() == 0, "a row without a vector"

@@ -163,6 +163,19 @@ form.addEventListener("change", (event) => {
     dropPhrase();
   }
 });
+// A file that is dropped anywhere on the form is the val file.
+const holdsFile = (event) => event.dataTransfer?.types.includes("Files");
+form.addEventListener("dragover", (event) => {
+  if (holdsFile(event)) event.preventDefault();
+});
+form.addEventListener("drop", (event) => {
+  if (!holdsFile(event)) return;
+  event.preventDefault();
+  byId("file").files = event.dataTransfer.files;
+  form.elements.kind.value = "file";
+  showKind();
+  dropPhrase();
+});
 form.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
 });
