@@ -320,3 +320,5 @@ def test_nothing_is_wider_than_the_window(browser: Any, explorer: ghoststore.Exp
         ):
             opened(page, explorer, fragment, wait_for)
             assert page.evaluate("document.documentElement.scrollWidth") == width, fragment
+            wider = "[...document.querySelectorAll('.stacks')].some(e => e.scrollWidth > e.clientWidth)"
+            assert not page.evaluate(wider), fragment
