@@ -10,12 +10,16 @@ import gzip
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, cast
 
 import zstandard
 
 from ghoststore.errors import CorpusError
+from ghoststore.store.base.object_path import ObjectPath
+from ghoststore.store.base.object_ranges import RangedFile
+from ghoststore.store.base.opening import open_regular
 
 KeyedRow: TypeAlias = tuple[int, object]
 
@@ -77,6 +81,11 @@ class NumberedForm:
     def where(self, path: Path, key: int) -> str:
         """See :class:`Form`."""
         return row_place(path, key)
+
+
+def open_file(path: Path) -> FileIO:
+    """A file of a corpus, on a disk (see `open_regular`) or in object storage, where it is read by ranges."""
+    return cast(FileIO, RangedFile(path)) if isinstance(path, ObjectPath) else open_regular(path)
 
 
 @contextmanager
