@@ -279,8 +279,13 @@ def refuse_objects(place: str | Path | None, parameter: str, what: str, advice: 
         raise UsageError(f"`{parameter}={place}`: {what} is not done in object storage; {advice}")
 
 
-def local_cache(path: ObjectPath) -> Path:
-    """The folder of this user on this machine for what is computed from ``path`` and can be computed again."""
+def cache_folder() -> Path:
+    """The folder of this user on this machine for what can be had again: copies, and what was computed."""
     variable = os.environ.get("XDG_CACHE_HOME", "")
     folder = Path(variable) if os.path.isabs(variable) else Path.home() / ".cache"
-    return folder / "ghoststore" / "objects" / hashlib.sha256(str(path).encode()).hexdigest()[:32]
+    return folder / "ghoststore"
+
+
+def local_cache(path: ObjectPath) -> Path:
+    """The folder in :func:`cache_folder` for what is computed from ``path`` and can be computed again."""
+    return cache_folder() / "objects" / hashlib.sha256(str(path).encode()).hexdigest()[:32]
