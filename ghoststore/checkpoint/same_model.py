@@ -10,6 +10,7 @@ from ghoststore.checkpoint.bounds import ADAPTER_CONFIG
 from ghoststore.checkpoint.config_identity import agreed_config, config_differences
 from ghoststore.checkpoint.find import Checkpoint, holds_model, locate
 from ghoststore.checkpoint.load import AnyCheckpoint, AnyTokenizer, find_checkpoint
+from ghoststore.checkpoint.nanogpt import is_checkpoint_file
 from ghoststore.checkpoint.objects import place_of
 from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.errors import MismatchError
@@ -61,6 +62,8 @@ def adapter_as_built(
     assert isinstance(checkpoint, str | Path)
     adapter = part.manifest["checkpoint"].get("adapter")
     if adapter is None:
+        if is_checkpoint_file(checkpoint):
+            return base, None
         folder = locate(checkpoint) if in_objects(checkpoint) else Path(checkpoint)
         beside = (folder / ADAPTER_CONFIG).exists() and holds_model(folder)
         return base, "ignore" if beside else None

@@ -97,12 +97,12 @@ def _locate_object(source: str) -> tuple[Form, list[Path]]:
             raise CorpusError(f"{path}: unsupported form {path.suffix!r}; {SUPPORTED}")
         refuse_pointers([path])
         return form, [path]
+    if matched := _matching(source):
+        return _one_form(source, matched)
     if path.is_dir():
         return _locate_folder(path, ())
     if within := _within(source):
         return _locate_folder(*within) if within[0].is_dir() else _locate_key(source, *within)
-    if matched := _matching(source):
-        return _one_form(source, matched)
     if glob.has_magic(source):
         raise CorpusError(f"{source:.1000}: no object has such a name")
     raise CorpusError(f"{source:.1000}: there is no such object, and no folder of objects")

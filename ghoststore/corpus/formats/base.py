@@ -16,7 +16,7 @@ from typing import Protocol, TypeAlias, cast
 
 import zstandard
 
-from ghoststore.errors import CorpusError
+from ghoststore.errors import CorpusError, StorageError
 from ghoststore.store.base.object_path import ObjectPath
 from ghoststore.store.base.object_ranges import RangedFile
 from ghoststore.store.base.opening import open_regular
@@ -90,7 +90,7 @@ def open_file(path: Path) -> FileIO:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn any error of reading a file into a CorpusError that names the file."""
+    """Turn errors of reading a file into a CorpusError that names the file."""
     try:
         yield
     except zstandard.ZstdError as error:
@@ -102,5 +102,7 @@ def reading(path: Path) -> Iterator[None]:
         raise CorpusError(f"{path}: damaged or cut short: {error}") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise CorpusError(f"{path}: damaged or cut short: {error}") from error
+    except StorageError:  # an object store that does not answer says nothing about the file
+        raise
     except OSError as error:
         raise CorpusError(f"{path}: cannot be read: {error}") from error

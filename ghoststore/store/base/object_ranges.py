@@ -97,7 +97,7 @@ class RangedFile(RawIOBase):
         at = self._position - self._begin
         if not 0 <= at < len(self._bytes):
             listed = self._found or self.path.listed
-            if listed is not None and self._position >= listed.size and self._position >= self.size:
+            if (listed is None or self._position >= listed.size) and self._position >= self.size:
                 return memoryview(b"")  # no range of bytes begins there
             self._request(wanted)
             at = 0
