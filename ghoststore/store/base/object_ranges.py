@@ -19,8 +19,8 @@ from ghoststore.store.base.objects import IN_FLIGHT, Found
 
 SMALLEST = 32 << 10
 """Bytes of the first request in a place. Each that follows on asks for four times as many, up to LARGEST."""
-LARGEST = 8 << 20
-AHEAD = 4
+LARGEST = 4 << 20
+AHEAD = 8
 """Requests of LARGEST bytes that are under way while a file is read on; docs/object-storage.md has the figures."""
 
 
@@ -147,7 +147,7 @@ class RangedFile(RawIOBase):
             stop = min(stop, self._found.size)
         found, pieces = objects.get(self.path.key, start, stop)
         self._same(found)
-        data = b"".join(map(bytes, pieces))
+        data = b"".join(pieces)
         if len(data) != min(stop, found.size) - start:
             raise StorageError(f"cannot read {self.path}: the answer ends at byte {start + len(data):,}")
         return data
