@@ -26,6 +26,8 @@ PASSED_ON = frozenset(
     )
 )
 """Operations that only pass a weight on, perhaps to several uses: autocast casts it once for all."""
+LEAF = "torch::autograd::AccumulateGrad"
+"""The node of a tensor without a past: a parameter."""
 COMPILED = "CompiledFunctionBackward"
 """The node of a compiled graph, in which uses do not show."""
 
@@ -45,19 +47,24 @@ def parameters_by_module(model: nn.Module, plan: ProjectionPlan) -> dict[str, li
 def uses_in(loss: Tensor) -> Iterator[tuple[Tensor, Any]]:
     """(tensor without a past, the operation that uses it) of the graph of ``loss``, once for each use."""
     start: Any = loss.grad_fn
-    waiting, seen = [start], {start}
+    waiting = [] if start is None or start.name().startswith(COMPILED) else [start]
+    seen = set(waiting)
     while waiting:
         node = waiting.pop()
-        if node is None or node.name().startswith(COMPILED):
-            continue
         for following, _ in node.next_functions:
-            while following is not None and following.name() in PASSED_ON and len(following.next_functions) == 1:
-                following = following.next_functions[0][0]
-            if following is None:
+            if following is None or following in seen:
                 continue
-            if following.name() == "torch::autograd::AccumulateGrad":
+            name = following.name()  # costs as much as all else here: once for a node
+            while name in PASSED_ON and len(following.next_functions) == 1:
+                following = following.next_functions[0][0]
+                if following is None:
+                    break
+                name = following.name()
+            if following is None or following in seen:
+                continue
+            if name == LEAF:
                 yield following.variable, node
-            elif following not in seen:
+            elif not name.startswith(COMPILED):
                 seen.add(following)
                 waiting.append(following)
 
