@@ -30,6 +30,7 @@ from indexer.build.like import resolved
 from indexer.build.report import BuildReport
 from indexer.build.share import Share, device_of
 from indexer.build.spans import compute_spans
+from indexer.build.stream import build_stream
 from indexer.build.workers import build_side_by_side
 
 
@@ -73,6 +74,8 @@ def build(options: BuildOptions) -> BuildReport:
         return build_on_ray(options, progress)
     if not options.dry_run and options.workers is not None:
         return build_side_by_side(options, progress)
+    if options.streams:
+        return build_stream(options, progress)
     share = Share.given(options.worker)
     if options.worker == AUTO:
         options = replace(options, device=device_of(options.device))
