@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from numpy.typing import NDArray
@@ -246,10 +246,11 @@ def _may_pad(inputs: BuildInputs, plan: ProjectionPlan, progress: Progress) -> b
     options, tokens, existing = inputs.options, inputs.tokens, inputs.existing
     if existing is not None and existing.complete:  # nothing will be computed
         return bool(existing.manifest["batching"]["padding"])
-    samples = inputs.head
-    if samples is None:
+    if inputs.head is not None:  # a stream: it is read no further than it must be
+        rows: Iterator[Row] = chain.from_iterable(rows_of([sample], inputs.tokenizer, tokens) for sample in inputs.head)
+    else:
         samples = islice(islice(inputs.corpus.samples(), options.skip_samples, None), inputs.most_samples)
-    rows = rows_of(samples, inputs.tokenizer, tokens)
+        rows = rows_of(samples, inputs.tokenizer, tokens)
     # The first usable rows, however far they are from the beginning of the corpus.
     usable = list(islice((row for row in rows if row.status.usable), ROWS_LOOKED_AT))
     padding = ModelCheck(

@@ -28,8 +28,8 @@ from ghoststore.store.info import describe
 from ghoststore.store.part.kept import KeptField
 from ghoststore.store.part.layout import STREAM
 from ghoststore.store.part.part import SPAN_TABLE, create_part
-from ghoststore.store.part.stream import StreamEntry, end_stream, read_entry, stream_table
-from ghoststore.store.spans.writer import BackgroundWriter, SpanData, writing
+from ghoststore.store.part.stream import StreamEntry, end_stream, keep_states, kept_states, read_entry, stream_table
+from ghoststore.store.spans.writer import BackgroundWriter, SpanData, write_span, writing
 from indexer.build.corpus_plan import COLUMNS, CorpusPlan, LearningSample, SpanDigest
 from indexer.build.inputs import BuildInputs, open_inputs
 from indexer.build.job import BuildJob, chosen_layers, job_of, layout_of
@@ -38,6 +38,10 @@ from indexer.build.like import kept_like
 from indexer.build.report import BUILDING, BuildReport
 from indexer.build.spans import read_ahead, row_encoder, sealed_span
 from indexer.encode.tokens import Row, rows_of
+
+STATES_KEPT = 3
+"""That behind the span before the last committed one, from which the build goes on, and those of spans that are being
+written."""
 
 
 def build_stream(options: BuildOptions, progress: Progress) -> BuildReport:
@@ -138,7 +142,7 @@ class _Samples:
         assert last is not None
         most = self._options.max_samples
         left = None if most is None else most - (len(part.spans) - 1) * size
-        state = read_entry(part, part.spans[-2]).state if len(part.spans) > 1 else None
+        state = kept_states(part).get(part.spans[-1] - 1)
         if go_on(corpus, last.start[0], state):
             once = Once(corpus, most=left, start=_position(last.start))
             if self._is_span(once, size, last):
@@ -239,6 +243,7 @@ class _Span:
     number: int
     rows: list[Row]
     entry: StreamEntry
+    state: str | None
 
 
 def _spans(part: Part, job: BuildJob, samples: _Samples) -> Iterator[_Span]:
@@ -266,21 +271,31 @@ def _spans(part: Part, job: BuildJob, samples: _Samples) -> Iterator[_Span]:
             start=(first.source_row, first.file, first.offset),
             domains=tuple(domains),
             next=None if following is None else (following.source_row, following.file, following.offset),
-            state=block.state,
         )
-        yield _Span(number, list(rows_of(block.samples, inputs.tokenizer, inputs.tokens)), entry)
+        yield _Span(number, list(rows_of(block.samples, inputs.tokenizer, inputs.tokens)), entry, block.state)
 
 
 def _compute(part: Part, job: BuildJob, samples: _Samples, progress: Progress) -> dict[str, float]:
     """Compute and commit what the stream still gives. Returns seconds by kind of work."""
     seconds = {"compute": 0.0, "corpus": 0.0}
+    states: dict[int, str] = kept_states(part)
+
+    def write(part: Part, data: SpanData) -> None:
+        """Commit a span, after the state behind it was kept beside those of the two before it."""
+        if kept := {span: state for span, state in states.items() if data.span - STATES_KEPT < span <= data.span}:
+            keep_states(part, kept)
+        write_span(part, data)
+
     task = progress.task(BUILDING, job.inputs.options.max_samples, done=part.rows)
-    with closing(task), row_encoder(job) as encoder, BackgroundWriter(part) as writer:
+    with closing(task), row_encoder(job) as encoder, BackgroundWriter(part, write) as writer:
         waited = time.perf_counter()
         for span in read_ahead(_spans(part, job, samples)):
             started = time.perf_counter()
             seconds["corpus"] += started - waited
             entry = span.entry
+            if span.state is not None:
+                states[span.number] = span.state
+                states.pop(span.number - 2 * STATES_KEPT, None)
             part.grow(entry.rows)  # the last span may be shorter
             arrays = sealed_span(encoder, span.rows, part, job.inputs.batch_tokens, task, entry.domains)
             arrays[STREAM] = np.array([entry.to_text()], dtype=object)

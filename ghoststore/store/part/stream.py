@@ -23,12 +23,14 @@ from ghoststore.store.base.disk import replace as replace_file
 from ghoststore.store.base.disk import storage_errors
 from ghoststore.store.base.manifest import ENDED, attributes_of
 from ghoststore.store.base.opening import parse_json
-from ghoststore.store.base.records import reading
+from ghoststore.store.base.records import read_record, reading, write_record
 from ghoststore.store.part.layout import STREAM
 
 if TYPE_CHECKING:
     from ghoststore.store.part.part import Part
 
+STATES = "stream.json"
+"""The file in an open part with the states to go on with."""
 _LENGTH = re.compile(rb'("shape"\s*:\s*\[\s*)(\d+)')
 """The length of an array in its metadata."""
 
@@ -47,8 +49,6 @@ class StreamEntry:
     """In the order in which the stream had them first: the ``domain`` array indexes them."""
     next: tuple[int, int, int] | None = None
     """Place of the sample that follows; None if the stream ended."""
-    state: str | None = None
-    """JSON of the state with which the stream goes on behind this span; None if it has none."""
 
     @property
     def ended(self) -> bool:
@@ -71,7 +71,6 @@ class StreamEntry:
             start=_place(value["start"]),
             domains=tuple(map(str, value["domains"])),
             next=None if follows is None else _place(follows),
-            state=None if value["state"] is None else str(value["state"]),
         )
 
 
@@ -86,6 +85,24 @@ def read_entry(part: Part, span: int) -> StreamEntry:
     (text,) = part.read(STREAM, start, start + 1)
     with reading(part.path / STREAM / "c" / str(span), "does not say what a span of a stream says"):
         return StreamEntry.of(str(text))
+
+
+def keep_states(part: Part, states: Mapping[int, str]) -> None:
+    """Keep the states, as JSON, with which the stream goes on behind some spans, in the place of those kept before.
+
+    They are no data of the part: a stream that has gone on from a state says where it stands in other words than one
+    that came there from its beginning.
+    """
+    write_record(part.path / STATES, {"states": {str(span): state for span, state in states.items()}})
+
+
+def kept_states(part: Part) -> dict[int, str]:
+    """What :func:`keep_states` kept last; nothing if that is gone or damaged."""
+    try:
+        states = read_record(part.path / STATES, within=part.path)["states"]
+        return {int(span): str(state) for span, state in states.items()}
+    except (FileNotFoundError, CorruptError, KeyError, AttributeError, ValueError):
+        return {}
 
 
 def stream_table(part: Part) -> NDArray[np.int64]:
@@ -121,10 +138,11 @@ def end_stream(part: Part, corpus: Mapping[str, Any], fixed: Mapping[str, NDArra
             create_fixed(group, name, values)[...] = values
             written = (path for path in (Path(scratch) / name).rglob("*") if path.is_file())
             files |= _put(part.path, {str(path.relative_to(scratch)): path.read_bytes() for path in written})
+        (part.path / STATES).unlink(missing_ok=True)
         manifest = {
             **part.recorded,
             "corpus": {**part.manifest["corpus"], **corpus},
-            "storage": {**part.recorded["storage"], **layout.to_json()},
+            "storage": {**part.recorded["storage"], "rows": layout.rows, "stream": ENDED},
         }
         root = {"attributes": attributes_of(manifest, files), "zarr_format": 3, "node_type": "group"}
         replace_file(part.path / "zarr.json", json.dumps(root, indent=2).encode())
