@@ -29,8 +29,10 @@ class PartInfo:
     name: str
     complete: bool
     rows: int
-    """Rows of the whole part, ``committed`` or not."""
+    """Rows of the whole part, ``committed`` or not; of an ``open`` part more than are committed."""
     committed: int
+    open: bool
+    """Whether it is built from a stream whose end was not seen yet: nobody knows how many rows it will have."""
     statuses: dict[str, int]
     """Committed rows by status."""
     tokens: int
@@ -121,6 +123,7 @@ def describe(part: Part) -> PartInfo:
     return PartInfo(
         **_common(part),
         rows=part.layout.rows,
+        open=part.open,
         dimension=part.layout.dimension,
         dtype=part.layout.dtype,
         row_bytes=part.layout.row_bytes,

@@ -252,7 +252,7 @@ def create_part(
         for name, values in {**table, **(fixed or {})}.items():
             create_fixed(group, name, values)[...] = values
         for spec in layout.arrays():
-            create_array(group, spec, layout.length)
+            create_array(group, spec, spec.count(layout.length))
 
     create(path, manifest, fill)
     return Part(path)
