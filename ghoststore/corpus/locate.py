@@ -251,8 +251,9 @@ def load_from_hub(source: str, name: str, config: str | None, split: str, *, str
     import datasets
 
     missing = f"{source}: no such path exists"
+    how: dict[str, bool] = {"streaming": True} if streaming else {}
     try:
-        return datasets.load_dataset(name, *([] if config is None else [config]), split=split, streaming=streaming)
+        return datasets.load_dataset(name, *([] if config is None else [config]), split=split, **how)
     except ConnectionError as error:
         raise CorpusError(f"{missing}, and the Hugging Face hub could not be reached: {error}") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
