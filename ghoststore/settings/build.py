@@ -135,6 +135,12 @@ class BuildOptions(ProgressOption, EngineOptions, LengthOptions, CorpusOptions, 
             raise UsageError("`devices` are those of `workers`: give that, too, or `device` for a build by one process")
         if self.streams:
             self._check_stream()
+        elif hasattr(self.data, "__next__"):
+            raise UsageError(
+                f"data of the type {type(self.data).__name__} can be read only once, and a build that was cut off "
+                "begins to read again: give what gives rows each time it is iterated over, such as "
+                "datasets.IterableDataset.from_generator(function); or a list of the rows"
+            )
         if self.several and any(map(in_memory, (self.data, self.checkpoint, self.tokenizer))):
             raise UsageError(
                 "several workers each open the checkpoint, the tokenizer and the corpus: save what is in memory, and "

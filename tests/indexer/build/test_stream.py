@@ -18,8 +18,9 @@ import pytest
 import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.corpus import Corpus
+from ghoststore.corpus.locate import load_from_hub, named_on_hub
 from ghoststore.corpus.scan import SampleScan
-from ghoststore.errors import CorpusError, MismatchError
+from ghoststore.errors import CorpusError, GhostStoreError, MismatchError, UsageError
 from ghoststore.store import Part, Store
 from ghoststore.store.part.part import span_table
 from tests.conftest import sample_rows, tree, write_jsonl
@@ -410,6 +411,98 @@ def test_memory_does_not_grow(lab: Lab, tmp_path: Path) -> None:
     assert most[1] <= most[0] <= 12 * SPAN
 
 
+def test_what_needs_the_rows_takes_them_as_data(lab: Lab, tmp_path: Path) -> None:
+    build(lab, tmp_path / "store", Rows(ROWS))
+    asked: dict[str, Any] = {"store": tmp_path / "store", "val_set": lab.corpus, "device": "cpu"}
+    chosen = {**asked, "fraction": 0.2, "out": tmp_path / "chosen.jsonl"}
+    with pytest.raises(UsageError, match="data in memory, which cannot be read again: give `data`"):
+        ghoststore.select(**chosen)
+    ghoststore.select(**chosen, data=ROWS)
+    kept = [json.loads(line) for line in (tmp_path / "chosen.jsonl").read_text().splitlines()]
+    assert 0 < len(kept) < 42
+    assert all(row in ROWS for row in kept)
+    with pytest.raises(UsageError, match="cannot be read again"):
+        ghoststore.query(**asked, rerank=10)
+    build(lab, tmp_path / "ordinary", ROWS)
+    for how in ({"rerank": 10}, {"lexical": 0.3}):
+        streamed, ordinary = (
+            ghoststore.query(**{**asked, **how, "store": tmp_path / store}, data=ROWS).results[0].hits
+            for store in ("store", "ordinary")
+        )
+        assert streamed == ordinary
+
+
+def test_without_texts(lab: Lab, tmp_path: Path) -> None:
+    notes = Notes()
+    build(lab, tmp_path / "store", Rows(ROWS), store_text=False)
+    hits = ghoststore.query(store=tmp_path / "store", val_set=lab.corpus, device="cpu", progress=notes).results[0].hits
+    assert all(hit.id and hit.text is None for hit in hits)
+    assert any("texts are not shown" in note for note in notes.said)
+
+
+def test_repair_leaves_a_damaged_span(lab: Lab, tmp_path: Path) -> None:
+    build(lab, tmp_path / "store", Rows(ROWS))
+    chunk = tmp_path / "store" / "parts" / "part" / "vectors" / "c" / "2" / "0"
+    chunk.write_bytes(chunk.read_bytes()[:-9] + b"damaged!!")
+    report = ghoststore.repair(store=tmp_path / "store", data=ROWS)
+    assert not report.sound
+    assert "was built from a stream, which is read once, in order" in report.unmended[0].why
+
+
+def test_a_reader_that_opened_it_before_the_end(lab: Lab, tmp_path: Path) -> None:
+    cut(lab, tmp_path / "store", StatefulRows(ROWS), 30)
+    part = part_of(tmp_path / "store")
+    build(lab, tmp_path / "store", StatefulRows(ROWS))
+    assert np.array_equal(vectors_of(part, 0, 28), vectors_of(part_of(tmp_path / "store"), 0, 28))
+    assert list(part.read("sample_id", 0, 28)) == [row["id"] for row in ROWS[:28]]
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "message"),
+    [
+        (Rows(ROWS), {"workers": 2}, "a stream is read once, in order, by one process: leave out `worker`"),
+        (Rows(ROWS), {"worker": "1/2"}, "a stream is read once, in order, by one process"),
+        (Rows(ROWS), {"engine": "ray"}, "a stream is read once, in order, by one process"),
+        (Rows(ROWS), {"overlong": "window"}, "`overlong=window` makes several rows of a sample"),
+        (Rows(ROWS), {"dry_run": True}, "`dry_run` counts rows and tokens, and a stream is read once"),
+        ("-", {"stream": True}, "standard input cannot be read again"),
+        ((row for row in ROWS), {}, r"generator can be read only once.*IterableDataset\.from_generator"),
+        ("org/name:train", {"stream": True}, "the Hugging Face hub could not be reached"),
+        (Rows([]), {}, "has no rows"),
+        (Rows(ROWS), {"skip_samples": 50}, "has no rows beyond the first 50"),
+        (Rows([{"text": "one"}, 7]), {}, r"a stream \(Rows\), row 2: expected a text or a dict, found 7"),
+    ],
+)
+def test_refused_before_work_begins(
+    lab: Lab, tmp_path: Path, data: Any, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(GhostStoreError, match=message):
+        build(lab, tmp_path / "store", data, **settings)
+    assert not (tmp_path / "store" / "parts" / "part").exists()
+
+
+def test_a_stream_is_no_val_set_and_no_part_of_files(lab: Lab, tmp_path: Path) -> None:
+    build(lab, tmp_path / "store", Rows(ROWS))
+    with pytest.raises(UsageError, match="can be read only once"):
+        ghoststore.query(store=tmp_path / "store", val_set=Rows(ROWS), device="cpu")
+    with pytest.raises(MismatchError, match="was built from a stream: give `stream` to continue it"):
+        build(lab, tmp_path / "store", ROWS)
+    build(lab, tmp_path / "ordinary", ROWS)
+    with pytest.raises(MismatchError, match="was built from no stream: leave `stream` out"):
+        build(lab, tmp_path / "ordinary", Rows(ROWS))
+
+
+def test_a_dataset_of_the_hub(lab: Lab, tmp_path: Path) -> None:
+    """As `load_dataset` gives it; here of a folder, since no hub is reached."""
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set" / "train.jsonl", ROWS)
+    streamed = load_from_hub("org/name:train", str(tmp_path / "set"), None, "train", streaming=True)
+    assert isinstance(streamed, datasets.IterableDataset)
+    assert build(lab, tmp_path / "store", streamed).rows == 42
+    assert named_on_hub("org/name:part:train") == ("org/name", "part", "train")
+    assert named_on_hub(str(tmp_path / "set")) is None
+
+
 def test_files_are_read_as_a_stream(lab: Lab, tmp_path: Path) -> None:
     """By a pattern, killed at a commit; texts are read where the files lie."""
     for place, shard in enumerate((ROWS[:15], ROWS[15:30], ROWS[30:])):
@@ -427,3 +520,8 @@ def test_files_are_read_as_a_stream(lab: Lab, tmp_path: Path) -> None:
     )
     chosen = [json.loads(line) for line in (tmp_path / "chosen.jsonl").read_text().splitlines()]
     assert [row for row in chosen if row in ROWS] == chosen
+    words = {"store": tmp_path / "whole", "val_set": lab.corpus, "lexical": 0.3, "device": "cpu"}
+    assert all(hit.text for hit in ghoststore.query(**words).results[0].hits)
+    write_jsonl(tmp_path / "2.jsonl", [*ROWS[30:41], {**ROWS[41], "text": "another"}])
+    with pytest.raises(MismatchError, match=r"has changed since part 'part' was built on it: stored sha256/4:"):
+        ghoststore.query(**words)
