@@ -29,7 +29,7 @@ class PartInfo:
     name: str
     complete: bool
     rows: int
-    """Rows of the whole part, ``committed`` or not; of an ``open`` part more than are committed."""
+    """Rows of the whole part, ``committed`` or not; of an ``open`` part those that are committed."""
     committed: int
     open: bool
     """Whether it is built from a stream whose end was not seen yet: nobody knows how many rows it will have."""
@@ -122,7 +122,7 @@ def describe(part: Part) -> PartInfo:
     """Describe ``part``. CorruptError if a commit record is damaged."""
     return PartInfo(
         **_common(part),
-        rows=part.layout.rows,
+        rows=part.rows if part.open else part.layout.rows,
         open=part.open,
         dimension=part.layout.dimension,
         dtype=part.layout.dtype,

@@ -28,7 +28,15 @@ from ghoststore.store.info import describe
 from ghoststore.store.part.kept import KeptField
 from ghoststore.store.part.layout import STREAM
 from ghoststore.store.part.part import SPAN_TABLE, create_part
-from ghoststore.store.part.stream import StreamEntry, end_stream, keep_states, kept_states, read_entry, stream_table
+from ghoststore.store.part.stream import (
+    StreamEntry,
+    end_stream,
+    keep_states,
+    kept_states,
+    read_entry,
+    stream_table,
+    strings_of_span,
+)
 from ghoststore.store.spans.writer import BackgroundWriter, SpanData, write_span, writing
 from indexer.build.corpus_plan import COLUMNS, CorpusPlan, LearningSample, SpanDigest
 from indexer.build.inputs import BuildInputs, open_inputs
@@ -153,8 +161,9 @@ class _Samples:
         else:
             why = "it has no state to go on with"
         go_on(corpus, 0, None)
-        rows = len(part.spans) * size
-        self._progress.note(f"{corpus.source}: {why}: its first {rows:,} rows are read again, and not computed again")
+        if len(part.spans) > 1:
+            rows = f"its first {part.rows:,} rows are read again, and not computed again"
+            self._progress.note(f"{corpus.source}: {why}: {rows}")
         once = Once(corpus, skip=self._options.skip_samples, most=most)
         for span in part.spans:
             if not self._is_span(once, size, read_entry(part, span)):
@@ -195,11 +204,12 @@ def _planned(inputs: BuildInputs, samples: _Samples, progress: Progress) -> Buil
     """The build, after the projection was learned from samples at the head of the stream."""
     plan, padding = chosen_layers(inputs, progress)
     size = layout_of(inputs, plan, sys.maxsize).span_rows
+    learns = plan.calibrated and inputs.like is None
     learning, existing = LearningSample(plan.config.calibration_samples) if plan.calibrated else None, inputs.existing
     if existing is not None and samples.goes_on:
         head, fields = existing.manifest["corpus"]["head"], existing.layout.fields
     else:
-        seen = samples.head(max(size, plan.config.calibration_samples if learning is not None else 0))
+        seen = samples.head(max(size, plan.config.calibration_samples if learns else 0))
         if not seen:
             raise CorpusError(
                 f"{inputs.corpus.source}: has no rows beyond the first {inputs.options.skip_samples:,}, which "
@@ -278,11 +288,11 @@ def _spans(part: Part, job: BuildJob, samples: _Samples) -> Iterator[_Span]:
 def _compute(part: Part, job: BuildJob, samples: _Samples, progress: Progress) -> dict[str, float]:
     """Compute and commit what the stream still gives. Returns seconds by kind of work."""
     seconds = {"compute": 0.0, "corpus": 0.0}
-    states: dict[int, str] = kept_states(part)
+    states, by_span = kept_states(part), dict[int, dict[int, str]]()
 
     def write(part: Part, data: SpanData) -> None:
         """Commit a span, after the state behind it was kept beside those of the two before it."""
-        if kept := {span: state for span, state in states.items() if data.span - STATES_KEPT < span <= data.span}:
+        if kept := by_span.pop(data.span):
             keep_states(part, kept)
         write_span(part, data)
 
@@ -295,7 +305,8 @@ def _compute(part: Part, job: BuildJob, samples: _Samples, progress: Progress) -
             entry = span.entry
             if span.state is not None:
                 states[span.number] = span.state
-                states.pop(span.number - 2 * STATES_KEPT, None)
+            states = {number: state for number, state in states.items() if number > span.number - STATES_KEPT}
+            by_span[span.number] = states
             part.grow(entry.rows)  # the last span may be shorter
             arrays = sealed_span(encoder, span.rows, part, job.inputs.batch_tokens, task, entry.domains)
             arrays[STREAM] = np.array([entry.to_text()], dtype=object)
@@ -309,7 +320,7 @@ def _end(part: Part, inputs: BuildInputs, progress: Progress) -> None:
     """Make an ordinary part of ``part``, whose stream ended. A note counts ids that several samples share."""
     ids = None if inputs.corpus.resolved.id is None else RepeatedIds()
     for span in part.spans if ids is not None else ():
-        for name in part.read("sample_id", *part.layout.span_of(span)):
+        for name in strings_of_span(part, "sample_id", span):
             assert ids is not None
             ids.add(str(name))
     repeated = None if ids is None else ids.count()

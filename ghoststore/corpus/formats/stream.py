@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,7 @@ class StreamForm(NumberedForm):
     @classmethod
     def of(cls, items: Any) -> StreamForm:
         """Of an object that is read from the beginning each time it is iterated over."""
-        return cls(items, Reading(), adds_nulls=type(items).__module__.startswith("datasets."))
+        return cls(items, Reading(), adds_nulls=_is_dataset(items))
 
     def state(self) -> str | None:
         """JSON of the state with which the stream goes on behind the row that it gave last; None if it has none."""
@@ -99,12 +101,23 @@ class StreamForm(NumberedForm):
 
 
 def _twin(items: Any) -> Any:
-    """A copy of an object with attributes of its own. Not by `copy`: `datasets` has a copy share them."""
-    if not hasattr(items, "__dict__"):
+    """A copy of an object with a state, which may be iterated over and be given states without a change to ``items``.
+
+    Datasets keep their state in attributes of their own, and `copy` has a copy of one share them. Of other objects all
+    is copied: one may hold another, which has the state. One that cannot be copied has a copy of its attributes.
+    """
+    if not hasattr(items, "state_dict") or not hasattr(items, "__dict__"):
         return items
+    if not _is_dataset(items):
+        with suppress(TypeError, AttributeError, ValueError, RuntimeError, NotImplementedError):
+            return deepcopy(items)
     twin = object.__new__(type(items))
     twin.__dict__.update(vars(items))
     return twin
+
+
+def _is_dataset(items: Any) -> bool:
+    return type(items).__module__.startswith("datasets.")
 
 
 def _row_of(item: object, path: Path, number: int) -> dict[str, object]:

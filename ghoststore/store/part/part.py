@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from ghoststore.errors import CorruptError
-from ghoststore.store.base.manifest import OPEN, PART, Manifest, open_rows
+from ghoststore.store.base.manifest import OPEN, PART, Manifest, as_begun, open_rows
 from ghoststore.store.base.object_path import ObjectPath, at_once, local_cache
 from ghoststore.store.base.objects import side_by_side
 from ghoststore.store.base.opening import read_bounded, size_of
-from ghoststore.store.base.records import reading
+from ghoststore.store.base.records import json_digest, reading
 from ghoststore.store.part.encoding import Encoding, encoding
 from ghoststore.store.part.layout import PartLayout
 from ghoststore.store.part.status import FIRST_UNUSABLE, Status
@@ -73,6 +73,13 @@ class Part(Spanned[PartLayout]):
         """Make room for ``rows`` rows in an open part."""
         self.layout = replace(self.layout, rows=rows)
         self.manifest = {**self.manifest, "storage": {**self.manifest["storage"], "rows": rows}}
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the manifest; of a part of a stream of that at its beginning. It is the same while a part grows,
+        and another if the part was removed and built anew.
+        """
+        return json_digest(as_begun(self.manifest))
 
     @property
     def open(self) -> bool:

@@ -22,6 +22,7 @@ from ghoststore.errors import CorruptError
 from ghoststore.store.base.disk import replace as replace_file
 from ghoststore.store.base.disk import storage_errors
 from ghoststore.store.base.manifest import ENDED, attributes_of
+from ghoststore.store.base.object_path import ObjectPath
 from ghoststore.store.base.opening import parse_json
 from ghoststore.store.base.records import read_record, reading, write_record
 from ghoststore.store.part.layout import STREAM
@@ -79,10 +80,18 @@ def _place(value: Any) -> tuple[int, int, int]:
     return source_row, file, offset
 
 
+def strings_of_span(part: Part, name: str, span: int) -> NDArray[Any]:
+    """The entries of a committed ``span`` in an array of strings. Parts of many spans are read by it span by span."""
+    spec, rows = part.spec(name), part.layout.span_of(span)
+    if not isinstance(part.path, ObjectPath):
+        for key in part.layout.chunk_keys(spec, span):
+            part.check_chunk(spec, key)
+    return part.slice(spec, spec.count(part.layout.length), *spec.entries(*rows))
+
+
 def read_entry(part: Part, span: int) -> StreamEntry:
     """What the committed ``span`` of a part of a stream says. CorruptError if that is damaged."""
-    start = span * part.layout.span_rows
-    (text,) = part.read(STREAM, start, start + 1)
+    (text,) = strings_of_span(part, STREAM, span)
     with reading(part.path / STREAM / "c" / str(span), "does not say what a span of a stream says"):
         return StreamEntry.of(str(text))
 

@@ -170,6 +170,10 @@ class UnitedPart(Part):
         for part in self._members:
             part.refuse_hollow()
 
+    @property
+    def identity(self) -> str:
+        return json_digest([part.identity for part in self._members])
+
     def fingerprint(self) -> str:
         return json_digest([part.fingerprint() for part in self._members])
 
