@@ -40,7 +40,8 @@ def build(options: BuildOptions) -> BuildReport:
     ``store``.
 
     ``checkpoint`` is a folder in transformers' format or a hub id. ``data`` is any form of corpus, see
-    ``docs/corpus.md``. ``max_length`` is in tokens (default: the model's positions, at most 1024). ``batch_tokens`` is
+    ``docs/corpus.md``; with ``stream``, and if it is a `datasets.IterableDataset` or another object without a length that
+    is iterated over anew, it is read once, in order, see ``docs/streams.md``. ``max_length`` is in tokens (default: the model's positions, at most 1024). ``batch_tokens`` is
     the number of padded tokens of a batch (default: 2,048 on a CPU, 16,384 on CUDA). Texts from standard input
     (``data="-"``) are kept in the store. ``name`` is the name of the part (default: made of the names of checkpoint and
     corpus).

@@ -95,6 +95,8 @@ PART = Kind(
             "max_samples": (int, NoneType),
             "skip_samples": (int,),
             "fields": (dict,),
+            "head": (dict,),
+            "head.samples": (int,),
         },
         "tokens": {"max_length": (int,), "overlong": (str,)},
         "loss": {"definition": (str,), "reduction": (str,)},
@@ -134,7 +136,7 @@ PART = Kind(
         "compute": {"attn_implementation": _OPTIONAL_TEXT, "gradient_checkpointing": (bool,)},
         "coverage": {"share": (int, float)},
     },
-    optional=frozenset({"corpus.skip_samples", "source.like", "source.like.part", "source.like.hash"}),
+    optional=frozenset({"corpus.skip_samples", "corpus.head", "source.like", "source.like.part", "source.like.hash"}),
 )
 RUN = Kind(
     name="run",
@@ -221,7 +223,7 @@ def _described(value: Any) -> str:
 def as_begun(manifest: Manifest) -> Manifest:
     """The manifest of a part of a stream as it was when the part was begun; any other manifest as it is."""
     storage = manifest.get("storage")
-    if not isinstance(storage, dict) or storage.get("stream") is None:
+    if not isinstance(storage, dict) or storage.get("stream") is None or not isinstance(storage.get("span_rows"), int):
         return manifest
     storage = {**storage, "stream": OPEN, "rows": open_rows(storage["span_rows"])}
     return {**manifest, "corpus": {**manifest["corpus"], **UNSEEN}, "storage": storage}

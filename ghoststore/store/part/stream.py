@@ -68,7 +68,7 @@ class StreamEntry:
         return cls(
             rows=int(value["rows"]),
             fingerprint=str(value["fingerprint"]),
-            digest=int(value["digest"]),
+            digest=_whole(value["digest"]),
             start=_place(value["start"]),
             domains=tuple(map(str, value["domains"])),
             next=None if follows is None else _place(follows),
@@ -76,8 +76,13 @@ class StreamEntry:
 
 
 def _place(value: Any) -> tuple[int, int, int]:
-    source_row, file, offset = map(int, value)
+    source_row, file, offset = map(_whole, value)
     return source_row, file, offset
+
+
+def _whole(value: Any) -> int:
+    """``value``, if it fits in 64 bits; else OverflowError."""
+    return int(np.int64(value))
 
 
 def strings_of_span(part: Part, name: str, span: int) -> NDArray[Any]:
