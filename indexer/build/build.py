@@ -40,11 +40,12 @@ def build(options: BuildOptions) -> BuildReport:
     ``store``.
 
     ``checkpoint`` is a folder in transformers' format or a hub id. ``data`` is any form of corpus, see
-    ``docs/corpus.md``; with ``stream``, and if it is a `datasets.IterableDataset` or another object without a length that
-    is iterated over anew, it is read once, in order, see ``docs/streams.md``. ``max_length`` is in tokens (default: the model's positions, at most 1024). ``batch_tokens`` is
-    the number of padded tokens of a batch (default: 2,048 on a CPU, 16,384 on CUDA). Texts from standard input
-    (``data="-"``) are kept in the store. ``name`` is the name of the part (default: made of the names of checkpoint and
-    corpus).
+    ``docs/corpus.md``. With ``stream`` it is read once, in order; so is, without being told, a
+    `datasets.IterableDataset`, or another object without a length that is iterated over anew, see ``docs/streams.md``.
+    ``max_length`` is in tokens (default: the model's positions, at most 1024). ``batch_tokens`` is the number of padded
+    tokens of a batch (default: 2,048 on a CPU, 16,384 on CUDA). Texts of what cannot be read again, such as standard
+    input (``data="-"``), are kept in the store. ``name`` is the name of the part (default: made of the names of
+    checkpoint and corpus).
 
     ``optimizer_state`` names a training checkpoint of ``ghoststore train`` or transformers' Trainer. Adam's second
     moment from it, factored into a row and a column, scales both sides of the projection. The inner product of two
