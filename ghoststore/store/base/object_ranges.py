@@ -128,7 +128,8 @@ class RangedFile(RawIOBase):
         if self._each:
             while self._expected and len(self._ahead) < IN_FLIGHT:
                 place = self._expected.popleft()
-                if place >= (self._ahead[-1][0] + self._each if self._ahead else end):
+                # Not what is there already, and nothing beyond the end of an object that has become shorter.
+                if (self._ahead[-1][0] + self._each if self._ahead else end) <= place < self.size:
                     self._submit(place, self._each)
         elif self._next == LARGEST:
             place = self._ahead[-1][0] + LARGEST if self._ahead else end
