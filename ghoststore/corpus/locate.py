@@ -73,9 +73,8 @@ def _locate(source: str) -> tuple[Form, list[Path]]:
         return _locate_folder(*within) if within[0].is_dir() else _locate_key(source, *within)
     if matching := _matching(source):
         return _one_form(source, matching)
-    hub = HUB_SOURCE.fullmatch(source)
-    if hub and form_of(Path(hub["name"])) is None:
-        return _locate_on_hub(source, hub["name"], hub["config"], hub["split"])
+    if hub := named_on_hub(source):
+        return _locate_on_hub(source, *hub)
     hint = f"; for a dataset of the hub, add its split: {source}:train" if HUB_NAME.fullmatch(source) else ""
     if BARE_NAME.fullmatch(source):
         hint = "; a dataset of the hub is named with its owner and its split: org/name:split, or org/name:config:split"
@@ -301,16 +300,34 @@ def _locate_saved(folder: Path, split: str | None) -> tuple[Form, list[Path]]:
     return DatasetForm(loaded[split]), [folder / split]
 
 
+def named_on_hub(source: str) -> tuple[str, str | None, str] | None:
+    """(name, configuration, split) of the dataset of the hub that ``source`` names; None for what names no such
+    dataset, and for paths.
+    """
+    hub = HUB_SOURCE.fullmatch(source)
+    if not hub or form_of(Path(hub["name"])) is not None or os.path.exists(source) or _within(source):
+        return None
+    return None if _matching(source) else (hub["name"], hub["config"], hub["split"])
+
+
 def _locate_on_hub(source: str, name: str, config: str | None, split: str) -> tuple[Form, list[Path]]:
+    loaded = load_from_hub(source, name, config, split)
+    cached = sorted({Path(entry["filename"]).parent for entry in loaded.cache_files})
+    return DatasetForm(loaded), cached[:1] or [Path(source)]
+
+
+def load_from_hub(source: str, name: str, config: str | None, split: str, *, streaming: bool = False) -> Any:
+    """A split of a dataset of the hub; with ``streaming`` as a `datasets.IterableDataset`. CorpusError, which calls it
+    ``source``, if the hub does not give it.
+    """
     import datasets
 
     missing = f"{source}: no such path exists"
+    how: dict[str, bool] = {"streaming": True} if streaming else {}
     try:
-        loaded: Any = datasets.load_dataset(name, *([] if config is None else [config]), split=split)
+        return datasets.load_dataset(name, *([] if config is None else [config]), split=split, **how)
     except ConnectionError as error:
         raise CorpusError(f"{missing}, and the Hugging Face hub could not be reached: {error}") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         advice = f". Name one so: {name}:CONFIG:{split}" if "Config name is missing" in str(error) else ""
         raise CorpusError(f"{missing}, and the Hugging Face hub does not give it: {error}{advice}") from error
-    cached = sorted({Path(entry["filename"]).parent for entry in loaded.cache_files})
-    return DatasetForm(loaded), cached[:1] or [Path(source)]

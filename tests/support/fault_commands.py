@@ -48,6 +48,7 @@ TRAIN = (
 ALL = {
     "build": Command(BUILD, "nothing"),
     "build-on": Command(BUILD, "half"),
+    "build-stream": Command(f"{BUILD} --stream", "nothing"),
     "query-json": Command(f"query {ASK} --out {{F}}/hits.json --report {{F}}/hits.html"),
     "query-csv": Command(f"query {ASK} --out {{F}}/hits.csv"),
     "query-jsonl": Command(f"query {ASK} --each --out {{F}}/hits.jsonl"),

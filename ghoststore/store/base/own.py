@@ -16,7 +16,7 @@ from typing import Any
 
 from ghoststore.errors import UsageError
 from ghoststore.settings.option import in_objects
-from ghoststore.store.base.manifest import Manifest
+from ghoststore.store.base.manifest import Manifest, as_begun
 from ghoststore.store.base.records import json_digest
 
 
@@ -35,7 +35,7 @@ def remember(manifest: Manifest, source: Manifest, where: Path) -> str | None:
     """
     if any(manifest["source"].get(name) != source.get(name) for name in PATHS):
         return None  # begun with other paths, maybe by another user
-    problem = remember_digest(json_digest(manifest), where)
+    problem = remember_digest(json_digest(as_begun(manifest)), where)
     return problem and (
         f"that these paths are yours cannot be remembered ({problem}): commands that read the checkpoint or the corpus "
         "of this part or run will ask for their paths"
@@ -61,7 +61,7 @@ def remember_digest(digest: str, where: Path) -> str | None:
 
 def is_own(manifest: Manifest) -> bool:
     """Whether this user wrote ``manifest``, see :func:`remember`."""
-    return is_own_digest(json_digest(manifest))
+    return is_own_digest(json_digest(as_begun(manifest)))
 
 
 def is_own_digest(digest: str) -> bool:
