@@ -122,6 +122,18 @@ def test_a_build_has_the_bytes_of_one_from_a_disk(bucket: Bucket, inputs: Path, 
     assert answers[0] == answers[1]
 
 
+def test_a_stream_of_them_is_read_once(bucket: Bucket, inputs: Path, tmp_path: Path) -> None:
+    build(tmp_path / "here", inputs, stream=True)
+    bucket.server.reset()
+    build(tmp_path / "there", TREE, stream=True)
+    assert reads(bucket, "corpus/a.jsonl") == 3  # also for the fields, and, as it is small, for a pointer of Git LFS
+    assert reads(bucket, "corpus/b.jsonl") <= 2
+    here, there = (bucket.lab.tree(tmp_path / name) for name in ("here", "there"))
+    assert here.keys() == there.keys()
+    for name, data in here.items():
+        assert without_places(name, there[name]) == without_places(name, data)
+
+
 def test_texts_of_a_corpus_that_changed_are_not_shown(bucket: Bucket, inputs: Path, tmp_path: Path) -> None:
     place = "s3://bucket/changing"
     put_all(inputs, place)
