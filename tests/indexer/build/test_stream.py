@@ -64,6 +64,7 @@ def streams(tmp_path_factory: pytest.TempPathFactory) -> dict[str, datasets.Iter
 KINDS = ("jsonl", "parquet", "interleaved", "drawn", "mapped", "shuffled")
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_vectors_of_an_ordinary_build(
     lab: Lab, streams: dict[str, datasets.IterableDataset], tmp_path: Path, kind: str
@@ -88,6 +89,7 @@ def test_the_vectors_of_an_ordinary_build(
     assert all(hit.text for hit in hits[0])
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_goes_on_where_it_was_cut_off(
     lab: Lab, streams: dict[str, datasets.IterableDataset], tmp_path: Path, kind: str
@@ -221,9 +223,9 @@ def test_kept_fields_have_the_types_of_the_head(lab: Lab, tmp_path: Path) -> Non
 
 def test_memory_does_not_grow(lab: Lab, tmp_path: Path) -> None:
     most = []
-    for count in (60, 240):
+    for count in (80, 160):
         gc.collect()
         stream = Living(count)
-        build(lab, tmp_path / str(count), stream)
+        build(lab, tmp_path / str(count), stream, span_rows=10)
         most.append(stream.most)
-    assert most[1] <= most[0] <= 12 * SPAN
+    assert most[1] <= most[0] <= 75
