@@ -221,11 +221,9 @@ def test_kept_fields_have_the_types_of_the_head(lab: Lab, tmp_path: Path) -> Non
         build(lab, tmp_path / "other", Rows(rows), keep_fields=("stars", "source"))
 
 
-def test_memory_does_not_grow(lab: Lab, tmp_path: Path) -> None:
-    most = []
-    for count in (80, 160):
-        gc.collect()
-        stream = Living(count)
-        build(lab, tmp_path / str(count), stream, span_rows=10)
-        most.append(stream.most)
-    assert most[1] <= most[0] <= 75
+def test_memory_holds_a_few_spans(lab: Lab, tmp_path: Path) -> None:
+    gc.collect()
+    stream = Living(150)
+    build(lab, tmp_path / "store", stream, span_rows=10)
+    # One that is read, one in the queue, one that waits for it, one that is computed; and those at the head.
+    assert stream.most <= 75
