@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -14,6 +15,7 @@ from ghoststore.corpus.formats.stream import StreamForm
 from ghoststore.corpus.locate import BETWEEN, absolute, corpus_name, load_from_hub, named_on_hub
 from ghoststore.corpus.values import RowError, plain_row
 from ghoststore.errors import CorpusError, UsageError
+from ghoststore.settings.option import in_objects
 from ghoststore.settings.shared import Data, in_memory, is_paths, is_stream
 
 WHAT = "a path, or a list of paths, of texts or of dicts, a datasets.Dataset, a pandas DataFrame or an Arrow table"
@@ -71,11 +73,11 @@ def source_of(data: Data, *, stream: bool = False) -> Source:
     if stream and isinstance(data, str) and (named := named_on_hub(data)):
         return MemoryData(data, StreamForm.of(load_from_hub(data, *named, streaming=True)))
     if isinstance(data, str | PurePath):
-        return str(data)
+        return _spelled(data)
     if isinstance(data, MemoryData):
         return data
     if is_paths(data):
-        return BETWEEN.join(map(str, data))  # type: ignore[arg-type]
+        return BETWEEN.join(map(_spelled, data))  # type: ignore[arg-type]
     if _is_table(data):
         return MemoryData(_named(data), DatasetForm(_dataset(data)))
     if isinstance(data, Mapping):
@@ -94,15 +96,26 @@ def source_of(data: Data, *, stream: bool = False) -> Source:
     return MemoryData(f"{len(data):,} {kinds} in memory", MemoryForm(data))
 
 
+def _spelled(path: str | PurePath) -> str:
+    """A path as text. A `pathlib.Path` of an address has lost one of its slashes."""
+    return re.sub(r"^(\w+):/+", r"\1://", str(path)) if in_objects(path) else str(path)
+
+
 def _refuse_paths(items: Sequence[object]) -> None:
     """UsageError for a list of the names of files, which would be read as texts."""
     if any(isinstance(item, PurePath) for item in items) or (
         0 < len(items) <= 64
-        and all(isinstance(item, str) and len(item) < 256 and os.path.exists(item) for item in items)
+        and all(
+            isinstance(item, str) and len(item) < 256 and (in_objects(item) or os.path.exists(item)) for item in items
+        )
     ):
         raise UsageError(
             f"a list holds texts, and {str(items[0])!r:.100} is a path: for several files give a list of pathlib.Path"
         )
+
+
+def _is_place(text: str) -> bool:
+    return in_objects(text) or os.path.exists(text)
 
 
 def _package(data: object) -> str:

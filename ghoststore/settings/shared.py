@@ -135,7 +135,7 @@ class CorpusOptions(FieldsOption):
 
     data: Data = field(
         metadata=about(
-            "Corpus: a file (jsonl, json, csv, parquet, …; gz, zst), a folder, a quoted pattern, or -; repeatable.",
+            "Corpus: a file (jsonl, json, csv, parquet, …; gz, zst), folder, quoted pattern, s3://…, or -; repeatable.",
             "Input",
             repeated=True,
             metavar="PATH",
@@ -174,14 +174,16 @@ class AdapterOptions:
     adapter: AdapterUse | None = option(None, ADAPTER, "Model")
 
 
-CHECKPOINT = "Folder in transformers' format, of a model or a LoRA adapter; a hub id; or nanoGPT's ckpt.pt."
+CHECKPOINT = "Folder (or s3://…) in transformers' format, of a model or a LoRA adapter; a hub id; or nanoGPT's ckpt.pt."
 
 
 @options
 class ModelOptions(AdapterOptions, DeviceOption):
     """The options for a model that computes gradients, but for its checkpoint."""
 
-    tokenizer: TokenizerSource | None = option(None, "Folder of the tokenizer (default: the checkpoint's).", "Model")
+    tokenizer: TokenizerSource | None = option(
+        None, "Folder (or s3://…) of the tokenizer (default: the checkpoint's).", "Model"
+    )
     model_dtype: str = option("float32", "Numbers the model computes with.", "Model", choices=FLOATS)
     attn_implementation: str | None = option(
         None, "Attention kernel: sdpa, eager, … (default: transformers').", "Advanced"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from indexer.dotprod.open_batch import OpenBatch
 from indexer.dotprod.packed_check import refuse_mixed_segments
 from indexer.dotprod.segments import Segments
 from indexer.encode.forward_probe import ABSENT, Call, CallKeeper, CannotRun, strangers
+from indexer.encode.graphs import NewGraphs, called, hidden_in_graphs
 from indexer.encode.modes import buffers_kept, evaluating, uncompiled
 from indexer.encode.sample_axis import PROBE_SIZES, AxisProbe, refuse_mixed, taken
 from indexer.layers import LayerType
@@ -34,6 +35,7 @@ class KnownAxes:
         self._ran: set[str] = set()
         self._probed = self._train_checked = self._packed_checked = trusted
         self._keeper: CallKeeper | None = None
+        self._graphs = NewGraphs()
 
     def attach(self) -> None:
         """Record what the model is called with, unless the axes are trusted."""
@@ -82,6 +84,7 @@ class KnownAxes:
     def begin_train(self) -> None:
         """Begin a train batch."""
         self._ran = set()
+        self._graphs.begin()
         if self._keeper is not None:
             self._keeper.begin()
 
@@ -115,6 +118,19 @@ class KnownAxes:
             refuse_mixed(self._strangers(call, batch, layers, unknown), len(self._kinds))
         self._train_checked |= batch > 1
         self._known |= unknown
+
+    def hidden_in_graphs(self, by_module: Mapping[str, Sequence[nn.Parameter]], ran: Collection[str]) -> list[str]:
+        """Names of the parameters, given by module, that graphs of torch.compile use where no tap sees it.
+
+        They are looked for where layers ``ran`` in graphs and one of them may be new. The taps must see nothing.
+        CaptureError if it cannot be told: the loop calls parts of the model.
+        """
+        if self._trusted or not ran or not self._graphs.any():
+            return []
+        call = None if self._keeper is None else self._keeper.call
+        ids = {id(p) for p in hidden_in_graphs(self._model, called(self._model, call), by_module)}
+        self._graphs.looked()
+        return [name for name, p in self._model.named_parameters() if id(p) in ids]
 
     def _check_packed(self, segments: Segments, ran: set[str]) -> None:
         call = None if self._keeper is None else self._keeper.call

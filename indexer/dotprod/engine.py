@@ -368,9 +368,12 @@ class GradDotProdEngine(ValSide):
             self._flat_rows.check()
             self._flat_rows.remember()
             scores = self.method.scores(scale_B, self._val.group_share, self._tolerance())
+            self._train = None  # the taps see nothing of what runs again
+            in_graphs = self._axes.hidden_in_graphs(self.method.by_module, self._in_graph.layers)
             if not bool(scores.total.isnan().all()):
-                refuse_hidden([*open_batch.hidden, *self._val.hidden])
+                refuse_hidden([*open_batch.hidden, *self._val.hidden, *in_graphs])
         finally:
+            self._train = open_batch
             self.discard()
         seconds = self._seconds + open_batch.seconds + time.perf_counter() - started
         self._seconds = 0.0

@@ -102,7 +102,7 @@ def differing(
     expected = AutogradBlocks(model, projection)
     parameters = expected.parameters()
     autocast = torch.autocast(device_type(model), dtype=call.autocast, enabled=call.autocast is not None)
-    with buffers_kept(model), _attributes_kept(model):
+    with buffers_kept(model), attributes_kept(model):
         try:
             for parameter in parameters:
                 parameter.requires_grad_(True)
@@ -118,7 +118,7 @@ def differing(
 
 
 @contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
+def attributes_kept(model: nn.Module) -> Iterator[None]:
     """Tensors that are plain attributes of modules, which a forward pass may set (``torch.nn.utils.weight_norm``), are
     those of before again at the end: they would have the graph of this one.
     """

@@ -23,9 +23,10 @@ from indexer.encode.branch import SideBranch
 from indexer.encode.expanded import Expanded
 from indexer.encode.flat_rows import FlatRows
 from indexer.encode.forward_probe import ABSENT, CallKeeper, CannotRun, strangers
+from indexer.encode.graphs import NewGraphs, called, hidden_in_graphs, refuse_not_run, refuse_unreached
 from indexer.encode.modes import is_compiled, refuse_randomness, without_autocast
-from indexer.encode.sample_axis import Witness, mixed_blocks, refuse_mixed, unsupported
-from indexer.encode.uses import FrozenInCalls, parameters_by_module, refuse_hidden
+from indexer.encode.sample_axis import Witness, mixed_blocks, refuse_mixed
+from indexer.encode.uses import FrozenInCalls, parameters_by_module, paths_of, refuse_hidden
 from indexer.layers.base import refuse_counted
 from indexer.projection.blocks import Use
 from indexer.projection.matrices import Projection
@@ -36,12 +37,6 @@ TESTED_BATCHES = 2
 right in it."""
 SAMPLED = 64
 """Later the batches of its powers are checked: what a model does may change. A check takes as long as three batches."""
-
-
-_OLD_GRAPH = (
-    ". Or the model was compiled and run before the engine was attached, and keeps its old graph: attach first, or "
-    "torch._dynamo.reset()"
-)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -106,6 +101,8 @@ class GradProjLoraEngine:
         self._compare = self._tested = False
         """Whether the blocks of the open batch are compared with autograd's, and its axes checked."""
         self._flat_rows = FlatRows()
+        self._graphs, self._new_graphs = NewGraphs(), False
+        """Graphs of torch.compile, and whether new ones ran in the open batch."""
         self._narrow = False
         self._witness: Witness | None = None
         self._keeper: CallKeeper | None = None
@@ -133,14 +130,14 @@ class GradProjLoraEngine:
         self.projection.to(device)
         self._flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
-            if self._checks:
+            if self._checks or self._find_uses:
                 self._keeper = CallKeeper(self._given)
             self._lean.enter_context(lean_activations(self.model))
             if not is_compiled(self._given):
                 self._lean.enter_context(self._expanded.named(self.model))
             for parameter, _ in self._flags:
                 parameter.requires_grad_(False)
-            if self._find_uses and not is_compiled(self._given):
+            if self._find_uses:
                 self._uses = FrozenInCalls(self.model, parameters_by_module(self.model, self.projection.plan))
                 self._handles += self._uses.attach()
             for layer in self.projection.plan.layers:
@@ -179,6 +176,7 @@ class GradProjLoraEngine:
         self._batches += 1
         self._ran, self._expanded.names = set(), set()
         self._flat_rows.begin()
+        self._graphs.begin()
         sampled = self._checks and _is_power(self._batches)
         self._compare |= sampled
         self._tested = batch_size > 1 and (self._tests_left > 0 or sampled)
@@ -243,25 +241,22 @@ class GradProjLoraEngine:
             # A tied layer may go by another name (T5's `shared`); a compiled graph may hide a use.
             if use.module not in self._ran and (compiled or not self._ran_by_another_name(layer))
         ]
-        if missing:
-            raise unsupported(
-                f"the forward pass did not run {len(missing)} projected layer(s): this input does not use them, or "
-                f"their weights are used without calling them. Leave them out: `exclude_layers` '{','.join(missing)}'"
-                f"{_OLD_GRAPH if is_compiled(self._given) else ''}",
-                missing,
-            )
+        refuse_not_run(missing, compiled=is_compiled(self._given))
         self._flat_rows.check()
-        leaves = self._leaves_in_order()
-        others = [] if beside is None else beside._leaves_in_order()
+        engines = [self] if beside is None else [self, beside]
+        leaves = [leaf for engine in engines for leaf in engine._leaves_in_order()]
         if not losses_B.requires_grad:
             raise CaptureError(
                 "the losses carry no gradient: was the forward pass under torch.no_grad(), or checkpointed with "
                 "use_reentrant=True? Use use_reentrant=False"
             )
         try:
-            hidden = [*self._hidden(losses_B), *([] if beside is None else beside._hidden(losses_B))]
-            blocks = self._blocks(losses_B, [*leaves, *others])
+            hidden = [path for engine in engines for path in engine._hidden(losses_B)]
+            blocks = self._blocks(losses_B, leaves)
             refuse_hidden(hidden)
+            for engine in engines:
+                engine._leaves = {}  # without leaves the branches do nothing in what runs again
+            refuse_hidden([path for engine in engines for path in engine._hidden_in_graphs()])
         except RuntimeError as error:
             if "use_reentrant=True" in str(error):
                 raise CaptureError(
@@ -270,21 +265,10 @@ class GradProjLoraEngine:
             raise
         finally:
             # Not earlier: with checkpointing the forward pass, and so the branches, run again in backward.
-            self._leaves, self._witness = {}, None
-            self._freeze()
-            if beside is not None:
-                beside._leaves = {}
-                beside._freeze()
-            if self._keeper is not None:
-                self._keeper.forget()
+            for engine in engines:
+                engine._end()
         unreached = [layer.block.name for layer, block in zip(plan.layers, blocks, strict=False) if block is None]
-        if unreached:
-            raise unsupported(
-                f"the loss does not depend on {len(unreached)} projected layer(s). Leave them out: `exclude_layers` "
-                f"'{','.join(unreached)}'. Gradient checkpointing with use_reentrant=True hides layers: use "
-                "use_reentrant=False",
-                unreached,
-            )
+        refuse_unreached(unreached)
         return [block for block in blocks if block is not None]
 
     def _ran_by_another_name(self, layer: BlockPlan) -> bool:
@@ -293,16 +277,35 @@ class GradProjLoraEngine:
     def _leaves_in_order(self) -> list[Tensor]:
         return [self._leaves[layer.block.name] for layer in self.projection.plan.layers]
 
+    def _end(self) -> None:
+        """End the batch."""
+        self._leaves, self._witness = {}, None
+        self._freeze()
+        if self._keeper is not None:
+            self._keeper.forget()
+
     def _freeze(self) -> None:
         if self._uses is not None:
             self._uses.end()
 
     def _hidden(self, losses_B: Tensor) -> list[str]:
-        """The layers whose weights the losses use where no branch sees it."""
-        hidden = set() if self._uses is None else {id(p) for p in self._uses.hidden(losses_B)}
-        blocks = [layer.block for layer in self.projection.plan.layers] if hidden else []
-        used = [b for b in blocks if any(id(self.model.get_parameter(name)) in hidden for name in b.parameters)]
-        return [use.path for block in used for use in block.uses]
+        """The layers whose weights the losses use where no branch sees it. CaptureError if it cannot be told."""
+        if self._uses is None:
+            return []
+        self._new_graphs = self._uses.compiled and (self._uses.changed or self._graphs.any())
+        if self._uses.compiled:
+            called(self.model, None if self._keeper is None else self._keeper.call)
+        return paths_of(self.model, self.projection.plan, self._uses.hidden(losses_B))
+
+    def _hidden_in_graphs(self) -> list[str]:
+        """The layers whose weights are used, where no branch sees it, in graphs that are new in the batch."""
+        call, self._new_graphs, new = None if self._keeper is None else self._keeper.call, False, self._new_graphs
+        if call is None or not new:
+            return []
+        plan = self.projection.plan
+        found = hidden_in_graphs(self.model, call, parameters_by_module(self.model, plan))
+        self._graphs.looked()
+        return paths_of(self.model, plan, found)
 
     def _blocks(self, losses_B: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
         """The blocks of the leaves' layers. In the first batches they are compared with those of reweighted losses."""

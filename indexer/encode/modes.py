@@ -119,8 +119,12 @@ def uncompiled() -> AbstractContextManager[Any]:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether ``model`` was compiled, or a module of it in place."""
-    modules = list(model.modules())
-    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in modules)
+    return any(is_compiled_itself(module) for module in model.modules())
+
+
+def is_compiled_itself(module: nn.Module) -> bool:
+    """Whether ``module`` is the wrapper of ``torch.compile``, or was compiled in place."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def outside_graphs(handle: RemovableHandle) -> RemovableHandle:

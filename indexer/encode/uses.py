@@ -7,7 +7,7 @@ first batch cannot know, a branch that only a later batch takes, shows there.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._C._autograd import _get_sequence_nr
 from torch.utils.hooks import RemovableHandle
 
+from indexer.encode.modes import is_compiled_itself
 from indexer.encode.sample_axis import unsupported
 from indexer.projection.plan import ProjectionPlan
 
@@ -26,8 +27,8 @@ PASSED_ON = frozenset(
     )
 )
 """Operations that only pass a weight on, perhaps to several uses: autocast casts it once for all."""
-COMPILED = "CompiledFunctionBackward"
-"""The node of a compiled graph, in which uses do not show."""
+LEAF = "torch::autograd::AccumulateGrad"
+"""The node of a tensor without a past: a parameter."""
 
 
 def parameters_by_module(model: nn.Module, plan: ProjectionPlan) -> dict[str, list[nn.Parameter]]:
@@ -42,22 +43,35 @@ def parameters_by_module(model: nn.Module, plan: ProjectionPlan) -> dict[str, li
     return found
 
 
+def paths_of(model: nn.Module, plan: ProjectionPlan, parameters: Sequence[Tensor]) -> list[str]:
+    """The uses of the projected blocks that have one of the ``parameters``."""
+    ids = {id(parameter) for parameter in parameters}
+    blocks = [layer.block for layer in plan.layers] if ids else []
+    used = [block for block in blocks if any(id(model.get_parameter(name)) in ids for name in block.parameters)]
+    return [use.path for block in used for use in block.uses]
+
+
 def uses_in(loss: Tensor) -> Iterator[tuple[Tensor, Any]]:
     """(tensor without a past, the operation that uses it) of the graph of ``loss``, once for each use."""
     start: Any = loss.grad_fn
-    waiting, seen = [start], {start}
+    waiting = [] if start is None else [start]
+    seen = set(waiting)
     while waiting:
         node = waiting.pop()
-        if node is None or node.name().startswith(COMPILED):
-            continue
         for following, _ in node.next_functions:
-            while following is not None and following.name() in PASSED_ON and len(following.next_functions) == 1:
-                following = following.next_functions[0][0]
-            if following is None:
+            if following is None or following in seen:
                 continue
-            if following.name() == "torch::autograd::AccumulateGrad":
+            name = following.name()  # costs as much as all else here: once for a node
+            while name in PASSED_ON and len(following.next_functions) == 1:
+                following = following.next_functions[0][0]
+                if following is None:
+                    break
+                name = following.name()
+            if following is None or following in seen:
+                continue
+            if name == LEAF:
                 yield following.variable, node
-            elif following not in seen:
+            else:
                 seen.add(following)
                 waiting.append(following)
 
@@ -77,10 +91,14 @@ class FrozenInCalls:
     """Parameters that are frozen inside calls of their modules alone: all other uses of them are in the graph.
 
     ``parameters`` are those of each module by name. Nothing is kept for a backward pass that would not be kept
-    otherwise, but for uses that are refused.
+    otherwise, but for uses that are refused. Inside compiled graphs nothing can be frozen for a call: the parameters of
+    modules that run there are frozen in the whole batch, once that is known.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Sequence[nn.Parameter]]) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[str, Sequence[nn.Parameter]], *, as_written: bool = False
+    ) -> None:
+        """``as_written``: nothing will run in a compiled graph."""
         self._model = model
         self._of = {name: [p for p in own if p.is_floating_point()] for name, own in parameters.items()}
         self._all = list({id(p): p for own in self._of.values() for p in own}.values())
@@ -88,17 +106,24 @@ class FrozenInCalls:
         """By parameter, how many calls of its modules are open."""
         self._open = self.whole = False
         """Whether a batch is open; whether everything is in its graph, the uses inside calls, too."""
-        self._compiled = self._called = False
-        """Whether calls ran in a compiled graph; whether a module was called in the open batch."""
+        self._called = False
+        """Whether a module was called in the open batch."""
         self.never_alone = False
         """Whether ``whole`` counts although the model itself is called: it does not run on one sample."""
+        self._in_graphs = set() if as_written else _compiled_among(model, self._of)
+        """Modules that ran in compiled graphs in the last batch; before the first those that should."""
+        self._watched: set[int] = set()
+        """The parameters that are in the graph of the open batch where they are used outside calls."""
+        self.traced: set[str] = set()
+        self._eager: set[str] = set()
+        """Modules that ran in the open batch in compiled graphs, and outside."""
 
     def attach(self) -> list[RemovableHandle]:
         """The hooks on the modules. Those of branches must come later, to stand before them."""
         handles = [self._model.register_forward_pre_hook(self._model_called, prepend=True)]
         for name, parameters in self._of.items():
             module = self._model.get_submodule(name)
-            enter, leave = self._hooks(parameters)
+            enter, leave = self._hooks(name, parameters)
             handles += [
                 module.register_forward_pre_hook(enter, prepend=True),
                 module.register_forward_hook(leave, prepend=True),
@@ -107,51 +132,83 @@ class FrozenInCalls:
 
     def begin(self, *, whole: bool) -> None:
         """Begin a batch. With ``whole`` nothing is frozen, unless the model itself is called."""
-        self._open, self.whole, self._inside = not self._compiled, whole, {}
+        self._open, self.whole, self._inside = True, whole, {}
         self._called = False
-        for parameter in self._all if self._open else ():
-            parameter.requires_grad_(True)
+        self.traced, self._eager = set(), set()
+        hidden = self._ids_of(self._in_graphs)
+        self._watched = {id(p) for p in self._all} - hidden if hidden else {id(p) for p in self._all}
+        for parameter in self._all:
+            if id(parameter) in self._watched:
+                parameter.requires_grad_(True)
 
     def end(self) -> None:
         """End the batch: everything is frozen."""
         if self._open:
             self._open = self.whole = False
+            self._in_graphs = (self._in_graphs | self.traced) - (self._eager - self.traced)
             for parameter in self._all:
                 parameter.requires_grad_(False)
 
+    @property
+    def changed(self) -> bool:
+        """Whether modules ran in compiled graphs that did not before, or the other way round."""
+        return bool(self.traced - self._in_graphs or self._eager & self._in_graphs)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether modules ran, or should have run, in compiled graphs."""
+        return bool(self.traced or self._in_graphs)
+
     def hidden(self, losses: Tensor) -> list[Tensor]:
-        """The parameters that the ``losses`` use outside calls of their modules."""
-        if self.whole or not self._open or self._compiled:
+        """The parameters that the ``losses`` use outside calls of their modules; of modules that ran in compiled
+        graphs nothing is said.
+        """
+        if self.whole or not self._open:
             return []  # a comparison with autograd shows them
-        watched = {id(parameter) for parameter in self._all}
+        watched = self._watched - self._ids_of(self.traced) if self.traced else self._watched
         return list({id(tensor): tensor for tensor, _ in uses_in(losses) if id(tensor) in watched}.values())
+
+    def _ids_of(self, names: Iterable[str]) -> set[int]:
+        return {id(p) for name in names for p in self._of[name]}
 
     def _model_called(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if module is self._model and not self.never_alone and not self._called:
             self.whole = False
 
-    def _hooks(self, parameters: Sequence[nn.Parameter]) -> tuple[Any, Any]:
+    def _hooks(self, name: str, parameters: Sequence[nn.Parameter]) -> tuple[Any, Any]:
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
             self._called = True
             if torch.compiler.is_dynamo_compiling():
-                self._compiled = True
-            if not self._open or self.whole or self._compiled:
+                self.traced.add(name)
+                return
+            self._eager.add(name)
+            if not self._open or self.whole:
                 return
             inside = self._inside
             for parameter in parameters:
-                inside[id(parameter)] = inside.get(id(parameter), 0) + 1
-                parameter.requires_grad_(False)
+                key = id(parameter)
+                if key in self._watched:
+                    inside[key] = inside.get(key, 0) + 1
+                    parameter.requires_grad_(False)
 
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not self._open or self.whole or self._compiled:
+            if torch.compiler.is_dynamo_compiling() or not self._open or self.whole:
                 return
             inside = self._inside
             for parameter in parameters:
-                inside[id(parameter)] = inside.get(id(parameter), 1) - 1
-                if not inside[id(parameter)]:
-                    parameter.requires_grad_(True)
+                key = id(parameter)
+                if key in self._watched:
+                    inside[key] = inside.get(key, 1) - 1
+                    if not inside[key]:
+                        parameter.requires_grad_(True)
 
         return enter, leave
+
+
+def _compiled_among(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """The modules of ``names`` that stand in a module that was compiled."""
+    compiled = [f"{name}." if name else "" for name, module in model.named_modules() if is_compiled_itself(module)]
+    return {name for name in names if f"{name}.".startswith(tuple(compiled))}
 
 
 class CallWindows:

@@ -80,6 +80,8 @@ class Seen(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """The widest of the outputs."""
+        if len(self.outputs) == 1:
+            return self.outputs[0].dtype
         return reduce(torch.promote_types, (output.dtype for output in self.outputs))
 
     @property

@@ -220,7 +220,7 @@ def test_a_store_is_chosen(page: Any, lab: Lab, store: Path, built: Path) -> Non
         page.locator("#text").fill("the old dog")
         page.get_by_role("button", name="Rank").click()
         page.locator(".hit").first.wait_for()
-        assert f"--store {built}" in page.locator(".again pre").text_content()
+        assert f"--store {built}" in page.locator("#answer .again pre").text_content()
         page.reload()
         page.locator(".hit").first.wait_for()
         assert page.said == []
@@ -320,3 +320,5 @@ def test_nothing_is_wider_than_the_window(browser: Any, explorer: ghoststore.Exp
         ):
             opened(page, explorer, fragment, wait_for)
             assert page.evaluate("document.documentElement.scrollWidth") == width, fragment
+            wider = "[...document.querySelectorAll('.stacks')].some(e => e.scrollWidth > e.clientWidth)"
+            assert not page.evaluate(wider), fragment

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ghoststore.errors import UsageError
+from ghoststore.settings.option import in_objects
 from ghoststore.store.base.manifest import Manifest, as_begun
 from ghoststore.store.base.records import json_digest
 
@@ -76,6 +77,11 @@ PATHS = ("checkpoint", "base", "tokenizer", "data", "corpus")
 """Entries of a manifest's ``source`` that are paths to read from."""
 
 
+def is_place(path: str) -> bool:
+    """Whether a recorded path leads to one place: an absolute path, or an address in object storage."""
+    return os.path.isabs(path) or in_objects(path)
+
+
 def source_path(manifest: Manifest, name: str, whose: str, parameter: str, given: Any = None) -> Any:
     """The path of the ``checkpoint``, ``tokenizer``, ``data`` or ``corpus`` (``name``) of a manifest.
 
@@ -91,7 +97,7 @@ def source_path(manifest: Manifest, name: str, whose: str, parameter: str, given
     what = "corpus" if name in ("data", "corpus") else name
     printable = str(path).encode(errors="backslashreplace").decode()  # half a surrogate pair cannot be printed
     give = f"if that is the one, give it: `{parameter}={printable:.200}`"
-    if not isinstance(path, str) or not os.path.isabs(path):
+    if not isinstance(path, str) or not is_place(path):
         raise UsageError(
             f"{whose} names {path!r:.200} as its {what}: no path on this machine, and nothing is fetched because a "
             f"manifest says so; {give}"
