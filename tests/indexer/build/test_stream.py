@@ -64,6 +64,7 @@ def streams(tmp_path_factory: pytest.TempPathFactory) -> dict[str, datasets.Iter
 KINDS = ("jsonl", "parquet", "interleaved", "drawn", "mapped", "shuffled")
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_vectors_of_an_ordinary_build(
     lab: Lab, streams: dict[str, datasets.IterableDataset], tmp_path: Path, kind: str
@@ -88,6 +89,7 @@ def test_the_vectors_of_an_ordinary_build(
     assert all(hit.text for hit in hits[0])
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_goes_on_where_it_was_cut_off(
     lab: Lab, streams: dict[str, datasets.IterableDataset], tmp_path: Path, kind: str
@@ -219,11 +221,9 @@ def test_kept_fields_have_the_types_of_the_head(lab: Lab, tmp_path: Path) -> Non
         build(lab, tmp_path / "other", Rows(rows), keep_fields=("stars", "source"))
 
 
-def test_memory_does_not_grow(lab: Lab, tmp_path: Path) -> None:
-    most = []
-    for count in (60, 240):
-        gc.collect()
-        stream = Living(count)
-        build(lab, tmp_path / str(count), stream)
-        most.append(stream.most)
-    assert most[1] <= most[0] <= 12 * SPAN
+def test_memory_holds_a_few_spans(lab: Lab, tmp_path: Path) -> None:
+    gc.collect()
+    stream = Living(150)
+    build(lab, tmp_path / "store", stream, span_rows=10)
+    # One that is read, one in the queue, one that waits for it, one that is computed; and those at the head.
+    assert stream.most <= 75

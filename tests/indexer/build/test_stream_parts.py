@@ -112,6 +112,28 @@ def test_an_open_part_answers(lab: Lab, tmp_path: Path) -> None:
     assert stream.read[1] == 24, "gc leaves the state"
 
 
+def test_a_session_sees_it_grow(lab: Lab, tmp_path: Path) -> None:
+    cut(lab, tmp_path / "store", StatefulRows(ROWS), 30)
+    with ghoststore.open(tmp_path / "store", device="cpu") as session:
+        counts = [len(session.query(lab.corpus, top_k=100).results[0].hits)]
+        build(lab, tmp_path / "store", StatefulRows(ROWS))
+        counts.append(len(session.query(lab.corpus, top_k=100).results[0].hits))
+    assert counts == [28, 42]
+
+
+def test_an_open_part_beside_another(lab: Lab, tmp_path: Path) -> None:
+    """Ranked as one, in the order of the parts, and refused where both have the same rows."""
+    build(lab, tmp_path / "store", ROWS[:12], name="first")
+    begun: dict[str, Any] = {"like": "first", "projection": None, "span_rows": None}
+    cut(lab, tmp_path / "store", StatefulRows(ROWS), 34, skip_samples=12, **begun)
+    asked: dict[str, Any] = {"store": tmp_path / "store", "val_set": lab.corpus, "top_k": 100, "device": "cpu"}
+    hits = ghoststore.query(part=["first", "part"], **asked).results[0].hits
+    assert sorted(hit.id for hit in hits) == sorted(row["id"] for row in ROWS[:32])
+    cut(lab, tmp_path / "store", StatefulRows(ROWS), 30, name="same", **begun)
+    with pytest.raises(MismatchError, match="both have samples 0 to 3 of their corpora"):
+        ghoststore.query(part=["first", "same"], **asked)
+
+
 def test_what_needs_the_rows_takes_them_as_data(lab: Lab, tmp_path: Path) -> None:
     build(lab, tmp_path / "store", Rows(ROWS))
     asked: dict[str, Any] = {"store": tmp_path / "store", "val_set": lab.corpus, "device": "cpu"}
