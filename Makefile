@@ -23,8 +23,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the whole story in under 3 minutes, nothing downloaded
 	$(BIN)/ghoststore demo --out ghoststore-demo $(if $(wildcard ghoststore-demo/demo.json),--overwrite)
 
-# A file's tests on one worker, so that what they share is built once.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# A file's tests on one worker, so that what they share is built once; the files in the order of tests/conftest.py, not
+# those of few tests last, among which are the longest.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(READY)  ## run the fast tests: every kind of fault, in about 4 minutes on 2 cores
 	$(PYTEST) -m "not slow"

@@ -166,15 +166,19 @@ class BuildWatch:
     loading the model and scanning the corpus are not. The memory counts from when the model is loaded.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str = "cpu", at_building: Callable[[], None] = lambda: None) -> None:
         self.device = device
         self.memory = PeakMemory(device)
         self.spent: dict[str, Clock] = {}
         """By task that has ended."""
+        self._at_building = at_building
+        """Called when the building itself begins."""
 
     def task(self, description: str, total: int | None, done: int = 0, unit: str = "rows") -> _WatchedTask:
         if description == "scanning corpus":
             self.memory.start()
+        if description == "building":
+            self._at_building()
         return _WatchedTask(self, description, Clock.now(self.device))
 
     def note(self, message: str) -> None:

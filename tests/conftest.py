@@ -243,9 +243,14 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+LONGEST = ("test_dotprod_compiled.py", "test_benchmarks.py", "test_pages_that_teach.py")
+"""Files of a minute and more. They are begun first: at the end each would leave the other workers idle."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark ``slow`` what ``thin`` says: before ``-m`` is looked at."""
+    """Mark ``slow`` what ``thin`` says: before ``-m`` is looked at. And the longest files come first."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     grids: dict[str, list[tuple[pytest.Item, tuple[str, ...]]]] = {}
     for item in items:
         if isinstance(item, pytest.Function) and item.get_closest_marker("thin"):

@@ -84,6 +84,8 @@ def test_every_command_line_in_the_docs_exists(page: str, line: str) -> None:
 
 def test_files_named_in_the_docs_exist() -> None:
     """In backticks: paths from the root, and tests by the names of their file and function."""
+    sources = {file.stem: file.read_text() for file in ROOT.glob("tests/**/*.py")}
+    names = {*sources, *(name for source in sources.values() for name in re.findall(r"def (test_\w+)", source))}
     roots = "tests|benchmarks|docs|examples|indexer|query|ghoststore"
     for page in PAGES:
         text = page.read_text()
@@ -93,6 +95,7 @@ def test_files_named_in_the_docs_exist() -> None:
             files = [file.read_text() for file in ROOT.glob(f"tests/**/{name}")]
             assert files, f"{page.name}: {name}"
             assert any(f"def {function}" in source for source in files), f"{page.name}: {name}::{function}"
+        assert set(re.findall(r"`(test_\w+)`", text)) <= names, page.name
 
 
 def test_targets_in_the_docs_exist() -> None:

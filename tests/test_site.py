@@ -194,3 +194,18 @@ def test_links_out_of_the_docs(hooks: ModuleType) -> None:
     ):
         assert hooks.source_of(path) == source
         assert hooks.path_of(source) == path
+
+
+@pytest.mark.slow
+def test_the_site_is_searched_from_a_folder(browser: Any, site: Path) -> None:
+    """Without a server, and without asking anyone."""
+    page = browser.new_context().new_page()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto((site / "design/index.html").as_uri())
+    page.locator(".md-search__input").click()
+    page.keyboard.type("facility location")
+    page.locator(".md-search-result__link[href*='select.html']").first.click()
+    page.wait_for_url("**/select.html**")
+    assert not [address for address in asked if not address.startswith("file://")]
+    page.context.close()

@@ -29,6 +29,7 @@ from ghoststore.checkpoint.find import (
     tensors_of,
     whole_model,
 )
+from ghoststore.checkpoint.objects import place_of
 from ghoststore.errors import CheckpointError, UsageError
 from ghoststore.lazy import importing
 from ghoststore.settings.shared import AdapterUse
@@ -159,7 +160,7 @@ class AdapterCheckpoint(InFolder):
     @property
     def where(self) -> str:
         """What messages call it."""
-        return f"{self.folder} on {self.base.folder}"
+        return f"{place_of(self.folder)} on {self.base.where}"
 
     @property
     def config_where(self) -> str:

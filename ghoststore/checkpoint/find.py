@@ -18,8 +18,10 @@ from typing import Any
 
 from ghoststore.checkpoint.bounds import ADAPTER_CONFIG, CONFIG, check_config, check_files, read_object
 from ghoststore.checkpoint.nanogpt import SUFFIXES, is_checkpoint_file
+from ghoststore.checkpoint.objects import copied, naming_address, place_of, recorded_place
 from ghoststore.checkpoint.quantised import refuse_unreadable
 from ghoststore.errors import CheckpointError
+from ghoststore.settings.option import in_objects
 from ghoststore.store.base.opening import open_regular, parse_json
 
 LARGEST_HEADER = 256 << 20
@@ -42,7 +44,7 @@ class InFolder:
     @property
     def recorded(self) -> str:
         """What a manifest records of where it lies."""
-        return str(self.folder.resolve())
+        return recorded_place(self.folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +67,12 @@ class Checkpoint(InFolder):
     @property
     def where(self) -> str:
         """What messages call it."""
-        return str(self.folder)
+        return place_of(self.folder)
 
     @property
     def config_where(self) -> str:
         """What messages call its configuration."""
-        return str(self.folder / CONFIG)
+        return f"{self.where}/{CONFIG}"
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -87,9 +89,12 @@ class Checkpoint(InFolder):
 
 
 def locate(source: str | Path) -> Path:
-    """The folder of a checkpoint: ``source``, or where the files of a hub id are. CheckpointError if it is none."""
-    folder = Path(source)
-    if not exists(folder, "checkpoint"):
+    """The folder of a checkpoint: ``source``, or where the files of a hub id or of an address in object storage are.
+    CheckpointError if it is none.
+    """
+    if in_objects(source):
+        folder = copied(source, CHECKPOINT_PATTERNS, suffixes=SUFFIXES)
+    elif not exists(folder := Path(source), "checkpoint"):
         if folder.suffix in SUFFIXES:
             raise CheckpointError(f"checkpoint {source}: there is no such file")
         folder = from_hub(str(source))
@@ -106,12 +111,17 @@ def locate(source: str | Path) -> Path:
 
 
 def find_folder(source: str | Path, *, beside_adapter: bool = False) -> Checkpoint:
-    """The whole model in a folder, or of a hub id (downloaded by huggingface_hub unless it is cached).
+    """The whole model in a folder, in object storage, or of a hub id (downloaded unless it is cached).
 
     CheckpointError as :func:`ghoststore.checkpoint.load.find_checkpoint`, and for an adapter; also for one beside the
     model, unless ``beside_adapter``: then it is left out.
     """
     folder = locate(source)
+    with naming_address(folder):
+        return _whole_alone(folder, beside_adapter=beside_adapter)
+
+
+def _whole_alone(folder: Path, *, beside_adapter: bool) -> Checkpoint:
     if (folder / ADAPTER_CONFIG).exists() and holds_model(folder) and not beside_adapter:
         raise CheckpointError(
             f"checkpoint {folder} holds a model and an adapter, and a whole model is expected here: give a folder with "
@@ -132,6 +142,11 @@ def holds_model(folder: Path) -> bool:
 
 def whole_model(folder: Path) -> Checkpoint:
     """The model in a folder, whatever lies beside it. CheckpointError as :func:`find_folder`."""
+    with naming_address(folder):
+        return _whole_model(folder)
+
+
+def _whole_model(folder: Path) -> Checkpoint:
     if not (folder / CONFIG).is_file():
         files = sorted(filter(is_checkpoint_file, folder.iterdir()))
         hint = f", or the file of nanoGPT's checkpoint: {files[0]}" if files else ""

@@ -15,6 +15,7 @@ from typing import Any
 from ghoststore.checkpoint.adapter import NAME, adapter_identity, has_adapter, of_base, refuse_unsupported
 from ghoststore.checkpoint.nanogpt import (
     convert_loaded,
+    file_of,
     fit_biases,
     has_biases,
     is_checkpoint_file,
@@ -22,6 +23,7 @@ from ghoststore.checkpoint.nanogpt import (
     read_file,
     uncompiled,
 )
+from ghoststore.checkpoint.objects import place_of, recorded_place
 from ghoststore.checkpoint.token_ids import TokenIds
 from ghoststore.errors import CheckpointError, UsageError
 from ghoststore.lazy import importing
@@ -60,7 +62,8 @@ class LoadedCheckpoint:
     @classmethod
     def of_file(cls, path: str | Path) -> LoadedCheckpoint:
         """The checkpoint that nanoGPT wrote to a file. Raises as :func:`ghoststore.checkpoint.nanogpt.read_file`."""
-        return cls(read_file(Path(path)), nanogpt=Path(path))
+        file = file_of(path)
+        return cls(read_file(file), nanogpt=file)
 
     @classmethod
     def of(cls, model: Any, adapter: str | None = None) -> LoadedCheckpoint:
@@ -110,7 +113,7 @@ class LoadedCheckpoint:
     def where(self) -> str:
         """What messages call it."""
         if isinstance(self.nanogpt, Path):
-            return str(self.nanogpt)
+            return place_of(self.nanogpt)
         dtype = str(self.model.dtype).removeprefix("torch.")
         adapter = "" if self.peft is None else " with an adapter"
         return f"the {type(self.model if self.nanogpt is None else self.nanogpt).__name__}{adapter} in memory ({dtype})"
@@ -131,7 +134,7 @@ class LoadedCheckpoint:
     @property
     def recorded(self) -> str:
         """What a manifest records of where it lies."""
-        return str(self.nanogpt.resolve()) if isinstance(self.nanogpt, Path) else "-"
+        return recorded_place(self.nanogpt) if isinstance(self.nanogpt, Path) else "-"
 
     @property
     def folder(self) -> Path:

@@ -16,10 +16,12 @@ from ghoststore.checkpoint.bounds import CONFIG, bounded_making, check_config, c
 from ghoststore.checkpoint.find import TOKENIZER_PATTERNS, Checkpoint, exists, from_hub, locate, whole_model
 from ghoststore.checkpoint.in_memory import LoadedCheckpoint, LoadedTokenizer
 from ghoststore.checkpoint.nanogpt import is_checkpoint_file
+from ghoststore.checkpoint.objects import copied, naming_address, recorded_place
 from ghoststore.checkpoint.quantised import bits_of, widened
 from ghoststore.checkpoint.token_ids import TokenIds
 from ghoststore.errors import CheckpointError, UsageError
 from ghoststore.lazy import importing
+from ghoststore.settings.option import in_objects
 from ghoststore.settings.shared import AdapterUse, TokenizerSource
 from ghoststore.settings.shared import Checkpoint as CheckpointSource
 
@@ -35,7 +37,7 @@ AnyTokenizer: TypeAlias = Path | LoadedTokenizer | TokenIds
 def find_checkpoint(
     source: CheckpointSource, *, base: str | Path | None = None, adapter: AdapterUse | None = None
 ) -> AnyCheckpoint:
-    """The checkpoint in a folder, or of a hub id (downloaded by huggingface_hub unless it is cached); that in a file of
+    """The checkpoint in a folder, in object storage or of a hub id (downloaded unless it is cached); that in a file of
     nanoGPT; or that of a loaded model. ``base`` and ``adapter`` are for a LoRA adapter: see :func:`find_adapter`.
 
     Raises CheckpointError, with what is missing (the folder, its config.json, its safetensors files) or what is wrong:
@@ -51,17 +53,20 @@ def find_checkpoint(
             raise UsageError(f"`base` and `adapter` belong to the folder of an adapter, and {source} is a file")
         return LoadedCheckpoint.of_file(source)
     folder = locate(source)
-    return find_adapter(folder, base, adapter) or whole_model(folder)
+    with naming_address(folder):
+        return find_adapter(folder, base, adapter) or whole_model(folder)
 
 
 def find_tokenizer(source: TokenizerSource) -> AnyTokenizer:
-    """The folder of a saved tokenizer, or of the tokenizer of a hub id (downloaded without weights unless it is
-    cached); or a loaded one.
+    """The folder of a saved tokenizer, or of the tokenizer of a hub id or an address in object storage (downloaded
+    without weights unless it is cached); or a loaded one.
 
     Raises CheckpointError if there is no such folder.
     """
     if not isinstance(source, str | Path):
         return LoadedTokenizer(source)
+    if in_objects(source):
+        return copied(source, TOKENIZER_PATTERNS, "tokenizer")
     folder = Path(source)
     there = exists(folder, "tokenizer")
     if folder.is_file() and folder.suffix != PICKLE:  # of which load_tokenizer says more
@@ -74,7 +79,7 @@ def recorded_tokenizer(given: TokenizerSource | None) -> str | None:
     if given is None:
         return None
     found = find_tokenizer(given)
-    return str(found.resolve()) if isinstance(found, Path) else "-"
+    return recorded_place(found) if isinstance(found, Path) else "-"
 
 
 def load_tokenizer(folder: AnyTokenizer) -> Any:
@@ -89,6 +94,11 @@ def load_tokenizer(folder: AnyTokenizer) -> Any:
         with tempfile.TemporaryDirectory(prefix="ghoststore-") as temporary, quiet_transformers():
             folder.save(Path(temporary))
             return load_tokenizer(Path(temporary))
+    with naming_address(folder):
+        return _load_saved(folder)
+
+
+def _load_saved(folder: Path) -> Any:
     with importing():
         from transformers import AutoTokenizer
 

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ghoststore.checkpoint.bounds import LARGEST_FILE, MOST_COUNT
+from ghoststore.checkpoint.objects import copied, naming_address, place_of
 from ghoststore.errors import CheckpointError
 from ghoststore.lazy import importing
+from ghoststore.settings.option import in_objects
+from ghoststore.store.base.object_path import location
 
 SUFFIXES = (".pt", ".pth", ".ckpt")
 """Of files that may be a checkpoint."""
@@ -40,7 +43,14 @@ _WHAT = "a checkpoint of nanoGPT is a dictionary with `model` and `model_args`"
 
 def is_checkpoint_file(source: object) -> bool:
     """Whether ``source`` is the path of a file that nanoGPT may have written."""
-    return isinstance(source, str | Path) and Path(source).suffix in SUFFIXES and Path(source).is_file()
+    if not isinstance(source, str | Path) or Path(source).suffix not in SUFFIXES:
+        return False
+    return location(source, "checkpoint").is_file() if in_objects(source) else Path(source).is_file()
+
+
+def file_of(source: str | Path) -> Path:
+    """The path of a file: of an address in object storage, that of its copy."""
+    return copied(source, (), suffixes=SUFFIXES) if in_objects(source) else Path(source)
 
 
 def looks_like(model: Any) -> bool:
@@ -60,10 +70,9 @@ def load_nanogpt(path: str | Path) -> Any:
     It can be saved as a folder: ``load_nanogpt("ckpt.pt").save_pretrained("gpt2")``. Where nanoGPT has no biases
     (``bias=False``), its biases are zeros, and a training would train them. Raises CheckpointError as ``build`` does.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not (is_checkpoint_file(path) if in_objects(path) else Path(path).is_file()):
         raise CheckpointError(f"checkpoint {path}: there is no such file; {_WHAT}")
-    return read_file(path, zero_biases=True)
+    return read_file(file_of(path), zero_biases=True)
 
 
 def uncompiled(model: Any) -> Any:
@@ -84,6 +93,11 @@ def read_file(path: Path, *, zero_biases: bool = False) -> Any:
     CheckpointError for a file that is no checkpoint of nanoGPT, that holds more than tensors and plain values, or whose
     tensors are not those that its ``model_args`` ask for.
     """
+    with naming_address(path):
+        return _read(path, zero_biases=zero_biases)
+
+
+def _read(path: Path, *, zero_biases: bool) -> Any:
     with importing():
         import torch
 
@@ -104,7 +118,7 @@ def read_file(path: Path, *, zero_biases: bool = False) -> Any:
     state, args = saved["model"], saved["model_args"]
     if not isinstance(state, Mapping) or not isinstance(args, Mapping):
         raise CheckpointError(f"checkpoint {path}: {_WHAT}, both dictionaries")
-    return as_gpt2(state, args, f"checkpoint {path}", zero_biases=zero_biases)
+    return as_gpt2(state, args, f"checkpoint {place_of(path)}", zero_biases=zero_biases)
 
 
 def convert_loaded(model: Any) -> Any:

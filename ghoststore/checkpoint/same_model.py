@@ -8,14 +8,17 @@ from typing import Any
 
 from ghoststore.checkpoint.bounds import ADAPTER_CONFIG
 from ghoststore.checkpoint.config_identity import agreed_config, config_differences
-from ghoststore.checkpoint.find import Checkpoint, holds_model
+from ghoststore.checkpoint.find import Checkpoint, holds_model, locate
 from ghoststore.checkpoint.load import AnyCheckpoint, AnyTokenizer, find_checkpoint
+from ghoststore.checkpoint.nanogpt import is_checkpoint_file
+from ghoststore.checkpoint.objects import place_of
 from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.errors import MismatchError
+from ghoststore.settings.option import in_objects
 from ghoststore.settings.shared import AdapterUse, in_memory
 from ghoststore.settings.shared import Checkpoint as CheckpointSource
 from ghoststore.store.base.manifest import Manifest, difference_lines, differences
-from ghoststore.store.base.own import is_own
+from ghoststore.store.base.own import is_own, is_place
 from ghoststore.store.part.build_command import build_command
 from ghoststore.store.part.part import Part
 
@@ -59,9 +62,12 @@ def adapter_as_built(
     assert isinstance(checkpoint, str | Path)
     adapter = part.manifest["checkpoint"].get("adapter")
     if adapter is None:
-        beside = (Path(checkpoint) / ADAPTER_CONFIG).exists() and holds_model(Path(checkpoint))
+        if is_checkpoint_file(checkpoint):
+            return base, None
+        folder = locate(checkpoint) if in_objects(checkpoint) else Path(checkpoint)
+        beside = (folder / ADAPTER_CONFIG).exists() and holds_model(folder)
         return base, "ignore" if beside else None
-    if base is None and is_own(part.manifest) and Path(part.manifest["source"].get("base") or "").is_absolute():
+    if base is None and is_own(part.manifest) and is_place(part.manifest["source"].get("base") or ""):
         base = part.manifest["source"]["base"]
     return base, "merge" if adapter["merged"] else "only"
 
@@ -89,7 +95,7 @@ def refuse_other_model(
     others = [
         *([f"other weights than those in {checkpoint.where}"] if weights else []),
         *([f"another configuration than that of {checkpoint.config_where}"] if config else []),
-        *([f"another tokenizer than that in {tokenizer_folder}"] if tokens else []),
+        *([f"another tokenizer than that in {_where(tokenizer_folder)}"] if tokens else []),
     ]
     raise MismatchError(
         f"part {part.name!r} was built from {', '.join(others)}:\n"
@@ -97,6 +103,10 @@ def refuse_other_model(
         "Bring the stored ones back, give `checkpoint` the folder that holds them, or build a part of this model under "
         "another name"
     )
+
+
+def _where(tokenizer: AnyTokenizer) -> str:
+    return place_of(tokenizer) if isinstance(tokenizer, Path) else str(tokenizer)
 
 
 def refuse_incomplete(part: Part) -> None:

@@ -43,6 +43,7 @@ def _print(report: Any) -> None:
     facts = [
         ("part", f"{report.part} in {report.store}"),
         ("rows", f"{report.rows:,}" + (f" ({report.resumed_rows:,} were there)" if report.resumed_rows else "")),
+        *([("stream", _stream(report))] if report.head is not None else []),
         *([("share", _share(report))] if report.worker else []),
         *([("workers", _workers(report))] if report.workers is not None else []),
         *((f"  {status.replace('_', ' ')}", f"{count:,}") for status, count in report.statuses.items()),
@@ -83,6 +84,13 @@ def _next(report: Any) -> list[str]:
         *([f"ghoststore self-influence {of_part}"] if small else []),
         f"ghoststore info {of_part}",
     ]
+
+
+def _stream(report: Any) -> str:
+    """What a part of a stream is, and from which rows its projection learned."""
+    learned = report.manifest["projection"]["calibration"] is not None
+    of_head = f"; the projection was learned from the first {report.head:,} rows" if learned else ""
+    return f"read once, in order{of_head if 'like' not in report.manifest['source'] else ''}"
 
 
 def _share(report: Any) -> str:

@@ -48,7 +48,8 @@ def _print_parts(store_info: Any) -> None:
     rows = []
     for part in store_info.parts:
         usable = part.statuses.get("ok", 0) + part.statuses.get("truncated", 0)
-        share = f"{part.committed:,}" + ("" if part.complete else f" of {part.rows:,}")
+        whole = "" if part.complete else " of a stream" if part.open else f" of {part.rows:,}"
+        share = f"{part.committed:,}{whole}"
         rows.append(
             [
                 part.name,
@@ -65,6 +66,17 @@ def _print_parts(store_info: Any) -> None:
     print_table(f"{store_info.store}: {len(store_info.parts)} part(s)", columns, rows)
 
 
+def _rows(part: Any) -> str:
+    if part.open:
+        return f"{part.committed:,} committed; the end of the stream was not seen yet"
+    return f"{part.committed:,} of {part.rows:,} committed"
+
+
+def _corpus(source: dict[str, Any]) -> str:
+    """Where the corpus lies: of a stream of the hub its name there."""
+    return str(source.get("stream", source["data"]))
+
+
 def _print_part(part: Any) -> None:
     from ghoststore.cli.terminal import human_bytes, print_facts
     from ghoststore.store.part.fidelity import fidelity_line
@@ -75,7 +87,7 @@ def _print_part(part: Any) -> None:
     by = "layer by layer" if projection["compress_by"] == "layer" else "all layers together"
     step = numbers + (f", sketched to {projection['compress']:,} {by}" if projection["compress"] else "")
     facts = [
-        ("rows", f"{part.committed:,} of {part.rows:,} committed"),
+        ("rows", _rows(part)),
         *((f"  {status.replace('_', ' ')}", f"{count:,}") for status, count in part.statuses.items()),
         ("tokens", f"{part.tokens:,}"),
         ("on disk", human_bytes(part.bytes)),
@@ -87,7 +99,7 @@ def _print_part(part: Any) -> None:
         ("  cover", f"{manifest['coverage']['share']:.1%} of the model's parameters"),
         ("checkpoint", f"{manifest['source']['checkpoint']} ({manifest['checkpoint'].get('architecture')})"),
         ("  weights", str(manifest["checkpoint"].get("fingerprint"))),
-        ("corpus", f"{manifest['source']['data']} ({manifest['source']['form']}, {corpus['samples']:,} samples)"),
+        ("corpus", f"{_corpus(manifest['source'])} ({manifest['source']['form']}, {corpus['samples']:,} samples)"),
         ("  content", corpus["fingerprint"]),
         *_repeated(part),
         ("domains", ", ".join(corpus["domains"] or []) or "none"),

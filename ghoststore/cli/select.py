@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from ghoststore.cli import options
 from ghoststore.errors import UsageError
-from ghoststore.settings.question import QuotaOption, SelectOptions
+from ghoststore.settings.question import QuotaOption, SelectOptions, quotas_of
 from ghoststore.settings.shared import Printing
 
 
@@ -32,17 +31,8 @@ def command(keywords: options.Keywords, printing: Printing, quota_option: QuotaO
     if quota_option.quota:
         if "quotas" in keywords:
             raise UsageError("`quota` names domains, `quotas` takes them all: give one of the two")
-        keywords["quotas"] = _quotas(quota_option.quota)
+        keywords["quotas"] = quotas_of(quota_option.quota)
     options.run("select", keywords, printing, _print)
-
-
-def _quotas(quotas: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """The quotas by domain. UsageError for a domain that has two."""
-    domains = [domain for domain, _ in quotas]
-    for domain in domains:
-        if domains.count(domain) > 1:
-            raise UsageError(f"`quota`: {domain!r} has two quotas")
-    return dict(quotas)
 
 
 def _print(report: Any) -> None:

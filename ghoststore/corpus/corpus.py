@@ -17,6 +17,7 @@ from ghoststore.corpus.fields import READING, ROLES_OF, WELL_KNOWN, ResolvedFiel
 from ghoststore.corpus.formats.base import Form
 from ghoststore.corpus.formats.delimited import other_delimiter
 from ghoststore.corpus.formats.json_document import JsonForm
+from ghoststore.corpus.formats.stream import StreamForm
 from ghoststore.corpus.formats.token_stream import TokenStreamForm
 from ghoststore.corpus.kept import kept_value
 from ghoststore.corpus.locate import locate
@@ -87,14 +88,15 @@ class Corpus:
         """Names of fields that would be among them, and that no row has had so far."""
 
     @classmethod
-    def open(cls, data: Data, fields: Fields | ResolvedFields | None = None) -> Corpus:
+    def open(cls, data: Data, fields: Fields | ResolvedFields | None = None, *, stream: bool = False) -> Corpus:
         """Find the files of ``data``: a path, ``folder:split`` of a saved DatasetDict, or ``org/name:split`` of the
-        Hugging Face hub; or data in memory, see `ghoststore.corpus.memory`. Rows are read later.
+        Hugging Face hub; or data in memory, see `ghoststore.corpus.memory`. Rows are read later; with ``stream`` once,
+        in order.
 
         Raises CorpusError for a source that is missing, has an unknown or mixed form, or lacks a split; UsageError for
         "-", which the caller must copy to a file with `spool_stdin`, and for an object that is no data.
         """
-        source = source_of(data)
+        source = source_of(data, stream=stream)
         fields = Fields() if fields is None else fields
         if isinstance(source, MemoryData):
             return cls(source, _reading(source.form, fields, source), [Path(source.name)], fields, recorded(source))
@@ -138,6 +140,11 @@ class Corpus:
                     f"{self.source}: one stream of token ids, whose rows are windows of {length} tokens, each from the "
                     "last token of the one before. Documents are rows with `fields.ids_document_end`"
                 )
+
+    @property
+    def stream_form(self) -> StreamForm | None:
+        """How a stream in memory is read; None for other corpora."""
+        return self._form if isinstance(self._form, StreamForm) else None
 
     @property
     def nameless(self) -> bool:
@@ -221,7 +228,8 @@ class Corpus:
     def _resolve(self, fields: Fields) -> ResolvedFields:
         for path in self.files:
             form = self._form
-            rows = form.first_row(path) if isinstance(form, TokenStreamForm) else form.rows(path, None, 0)
+            first_row = getattr(form, "first_row", None)
+            rows = form.rows(path, None, 0) if first_row is None else first_row(path)
             for key, row in rows:
                 where = self._form.where(path, key)
                 try:
@@ -314,7 +322,9 @@ class Corpus:
 
 
 @contextmanager
-def open_corpus(data: Data, fields: Fields | ResolvedFields, progress: Progress | None = None) -> Iterator[Corpus]:
+def open_corpus(
+    data: Data, fields: Fields | ResolvedFields, progress: Progress | None = None, *, stream: bool = False
+) -> Iterator[Corpus]:
     """`Corpus.open`, and also for standard input (``-``, jsonl), which is copied to a temporary file (in TMPDIR) until
     the block ends.
 
@@ -327,7 +337,7 @@ def open_corpus(data: Data, fields: Fields | ResolvedFields, progress: Progress 
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ghoststore-"))
             data = spooled = str(spool_stdin(sys.stdin.buffer, Path(folder) / "stdin.jsonl"))
             stack.enter_context(_naming_stdin(spooled))
-        corpus = Corpus.open(data, fields)
+        corpus = Corpus.open(data, fields, stream=stream)
         if spooled is not None:
             corpus.recorded = "-"
         if progress is not None:

@@ -17,6 +17,9 @@ from ghoststore.corpus.formats.megatron import MegatronForm
 from ghoststore.corpus.formats.token_stream import TokenStreamForm
 from ghoststore.corpus.hub_folder import files_of_split, is_hub_folder, refuse_pointers
 from ghoststore.errors import CorpusError, GhostStoreError, UsageError
+from ghoststore.settings.option import in_objects
+from ghoststore.store.base.object_path import ObjectPath, location
+from ghoststore.store.base.object_patterns import matching
 
 SUPPORTED = (
     f"supported: {', '.join(sorted(FORMS))}, .bin (token ids), a folder of such files, a save_to_disk folder, token "
@@ -49,6 +52,8 @@ def locate(source: str) -> tuple[Form, list[Path]]:
 
 
 def _locate(source: str) -> tuple[Form, list[Path]]:
+    if in_objects(source) and BETWEEN not in source:
+        return _locate_object(source)
     path = Path(source)
     if path.is_file():
         if path.suffix == ".idx" and path.with_suffix(".bin").is_file():
@@ -62,15 +67,14 @@ def _locate(source: str) -> tuple[Form, list[Path]]:
         return _locate_folder(path, ())
     if path.exists():
         raise CorpusError(f"{path}: expected a file or a folder, found a device, pipe or socket; {PIPED}")
-    if BETWEEN in source and any(os.path.exists(piece) for piece in source.split(BETWEEN)):
+    if BETWEEN in source and any(in_objects(piece) or os.path.exists(piece) for piece in source.split(BETWEEN)):
         return _locate_several(source.split(BETWEEN))
     if within := _within(source):
         return _locate_folder(*within) if within[0].is_dir() else _locate_key(source, *within)
     if matching := _matching(source):
         return _one_form(source, matching)
-    hub = HUB_SOURCE.fullmatch(source)
-    if hub and form_of(Path(hub["name"])) is None:
-        return _locate_on_hub(source, hub["name"], hub["config"], hub["split"])
+    if hub := named_on_hub(source):
+        return _locate_on_hub(source, *hub)
     hint = f"; for a dataset of the hub, add its split: {source}:train" if HUB_NAME.fullmatch(source) else ""
     if BARE_NAME.fullmatch(source):
         hint = "; a dataset of the hub is named with its owner and its split: org/name:split, or org/name:config:split"
@@ -79,6 +83,35 @@ def _locate(source: str) -> tuple[Form, list[Path]]:
     if glob.has_magic(source):
         raise CorpusError(f"{source:.1000}: no file has such a name{hint}")
     raise CorpusError(f"{source:.1000}: does not exist{hint}")
+
+
+def _locate_object(source: str) -> tuple[Form, list[Path]]:
+    """The files of an address in object storage: those that its copy on a disk would have, in the same order."""
+    path = _object(source)
+    if path.is_file():
+        if path.suffix == ".idx" and (ids := path.with_suffix(".bin").looked_up()).is_file():
+            path = ids
+        form = _form(path)
+        if form is None:
+            raise CorpusError(f"{path}: unsupported form {path.suffix!r}; {SUPPORTED}")
+        refuse_pointers([path])
+        return form, [path]
+    if matched := _matching(source):
+        return _one_form(source, matched)
+    if path.is_dir():
+        return _locate_folder(path, ())
+    if within := _within(source):
+        return _locate_folder(*within) if within[0].is_dir() else _locate_key(source, *within)
+    if glob.has_magic(source):
+        raise CorpusError(f"{source:.1000}: no object has such a name")
+    raise CorpusError(f"{source:.1000}: there is no such object, and no folder of objects")
+
+
+def _object(source: str) -> ObjectPath:
+    """The place of an address, with what is there."""
+    place = location(source, "corpus")
+    assert isinstance(place, ObjectPath)
+    return place if glob.has_magic(source) else place.looked_up()
 
 
 def _form(path: Path) -> Form | None:
@@ -92,8 +125,13 @@ def _within(source: str) -> tuple[Path, tuple[str, ...]] | None:
     """(path, names) of a ``path:split`` or ``path:config:split`` whose path exists."""
     for count in (1, 2):
         path, *names = source.rsplit(":", count)
-        if path and len(names) == count and all(names) and os.path.exists(path):
-            return Path(path), tuple(names)
+        if not path or len(names) < count or not all(names):
+            continue
+        if not in_objects(source):
+            if os.path.exists(path):
+                return Path(path), tuple(names)
+        elif in_objects(path) and (place := _object(path)).exists():
+            return place, tuple(names)
     return None
 
 
@@ -101,15 +139,19 @@ def _matching(source: str) -> list[Path]:
     """The files whose names match a pattern, sorted; none of a source that is no pattern, or that none matches."""
     if not glob.has_magic(source):
         return []
+    if in_objects(source):
+        return [path for path in matching(_object(source)) if _may_hold_data(path)]
     return [path for path in map(Path, sorted(glob.glob(source, recursive=True))) if _may_hold_data(path)]
 
 
 def absolute(source: str) -> str:
     """``source`` with its paths made absolute, if it is made of paths. A split of a folder keeps its ``:split``."""
+    if BETWEEN in source and not os.path.exists(source):
+        return BETWEEN.join(map(absolute, source.split(BETWEEN)))
+    if in_objects(source):
+        return str(location(source, "corpus"))
     if os.path.exists(source):
         return str(Path(source).resolve())
-    if BETWEEN in source:
-        return BETWEEN.join(map(absolute, source.split(BETWEEN)))
     if within := _within(source):
         return ":".join([str(within[0].resolve()), *within[1]])
     return os.path.abspath(source) if _matching(source) else source
@@ -117,8 +159,11 @@ def absolute(source: str) -> str:
 
 def exists(source: str) -> bool:
     """Whether the files of a source, which is recorded in a manifest, are there."""
-    pieces = source.split(BETWEEN)
-    return all(os.path.exists(piece) or bool(_within(piece) or _matching(piece)) for piece in pieces)
+    return all(
+        (_object(piece).exists() if in_objects(piece) else os.path.exists(piece))
+        or bool(_within(piece) or _matching(piece))
+        for piece in source.split(BETWEEN)
+    )
 
 
 def corpus_name(source: str) -> str:
@@ -192,6 +237,8 @@ def _locate_folder(folder: Path, names: Sequence[str]) -> tuple[Form, list[Path]
     one form. ``names`` are its split, if one is given, or its configuration and its split.
     """
     source = ":".join([str(folder), *names])
+    if isinstance(folder, ObjectPath):
+        _refuse_prepared(folder, source, names)
     if (folder / "shards.json").is_file():
         from ghoststore.tokens.form import ShardsForm
         from ghoststore.tokens.shards import TokenShards
@@ -207,6 +254,30 @@ def _locate_folder(folder: Path, names: Sequence[str]) -> tuple[Form, list[Path]
     if not files:
         raise CorpusError(f"{folder}: no data files in this folder (subfolders are not read); {SUPPORTED}")
     return _one_form(folder, files)
+
+
+def _refuse_prepared(folder: ObjectPath, source: str, names: Sequence[str]) -> None:
+    """CorpusError for a folder in object storage that only a library, or a memory map, can read."""
+    listed = sorted(folder.iterdir(), key=lambda path: path.name)
+    present = {path.name for path in listed}
+    files = sorted(path.suffix for path in listed if _may_hold_data(path))
+    pattern = f"{folder}/*{files[0]}" if files else f"{folder}/data/*.parquet"
+    if "shards.json" in present:
+        raise CorpusError(
+            f"{source}: token shards are mapped into memory, which is not done in object storage: copy the folder to "
+            "a local disk, or give the corpus that they were made of"
+        )
+    if present & {"dataset_dict.json", "state.json"}:
+        inner = "" if "state.json" in present else "SPLIT/"
+        raise CorpusError(
+            f"{source}: a dataset that save_to_disk wrote is mapped into memory, which is not done in object storage: "
+            f"give its files, `{folder}/{inner}*.arrow`, which have the same rows"
+        )
+    if names or is_hub_folder(folder, bool(files)):
+        raise CorpusError(
+            f"{source}: which files a split has is not looked up in object storage: give them by a pattern, such as "
+            f"`{pattern}`"
+        )
 
 
 def _locate_saved(folder: Path, split: str | None) -> tuple[Form, list[Path]]:
@@ -229,16 +300,34 @@ def _locate_saved(folder: Path, split: str | None) -> tuple[Form, list[Path]]:
     return DatasetForm(loaded[split]), [folder / split]
 
 
+def named_on_hub(source: str) -> tuple[str, str | None, str] | None:
+    """(name, configuration, split) of the dataset of the hub that ``source`` names; None for what names no such
+    dataset, and for paths.
+    """
+    hub = HUB_SOURCE.fullmatch(source)
+    if not hub or form_of(Path(hub["name"])) is not None or os.path.exists(source) or _within(source):
+        return None
+    return None if _matching(source) else (hub["name"], hub["config"], hub["split"])
+
+
 def _locate_on_hub(source: str, name: str, config: str | None, split: str) -> tuple[Form, list[Path]]:
+    loaded = load_from_hub(source, name, config, split)
+    cached = sorted({Path(entry["filename"]).parent for entry in loaded.cache_files})
+    return DatasetForm(loaded), cached[:1] or [Path(source)]
+
+
+def load_from_hub(source: str, name: str, config: str | None, split: str, *, streaming: bool = False) -> Any:
+    """A split of a dataset of the hub; with ``streaming`` as a `datasets.IterableDataset`. CorpusError, which calls it
+    ``source``, if the hub does not give it.
+    """
     import datasets
 
     missing = f"{source}: no such path exists"
+    how: dict[str, bool] = {"streaming": True} if streaming else {}
     try:
-        loaded: Any = datasets.load_dataset(name, *([] if config is None else [config]), split=split)
+        return datasets.load_dataset(name, *([] if config is None else [config]), split=split, **how)
     except ConnectionError as error:
         raise CorpusError(f"{missing}, and the Hugging Face hub could not be reached: {error}") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         advice = f". Name one so: {name}:CONFIG:{split}" if "Config name is missing" in str(error) else ""
         raise CorpusError(f"{missing}, and the Hugging Face hub does not give it: {error}{advice}") from error
-    cached = sorted({Path(entry["filename"]).parent for entry in loaded.cache_files})
-    return DatasetForm(loaded), cached[:1] or [Path(source)]

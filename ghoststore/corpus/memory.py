@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from ghoststore.corpus.formats.base import Form, KeyedRow, NumberedForm
 from ghoststore.corpus.formats.dataset import DatasetForm
-from ghoststore.corpus.locate import BETWEEN, absolute, corpus_name
-from ghoststore.corpus.values import RowError
+from ghoststore.corpus.formats.stream import StreamForm
+from ghoststore.corpus.locate import BETWEEN, absolute, corpus_name, load_from_hub, named_on_hub
+from ghoststore.corpus.values import RowError, plain_row
 from ghoststore.errors import CorpusError, UsageError
-from ghoststore.settings.shared import Data, in_memory, is_paths
+from ghoststore.settings.option import in_objects
+from ghoststore.settings.shared import Data, in_memory, is_paths, is_stream
 
 WHAT = "a path, or a list of paths, of texts or of dicts, a datasets.Dataset, a pandas DataFrame or an Arrow table"
 
@@ -35,32 +36,12 @@ class MemoryForm(NumberedForm):
         for key in keys:
             if key < len(self.items):
                 try:
-                    yield key, _row(self.items[key])
+                    yield key, plain_row(self.items[key])
                 except RowError as error:
                     raise CorpusError(f"{self.where(path, key)}: {error}") from None
 
     def count(self, path: Path) -> int:
         return len(self.items)
-
-
-def _row(item: object) -> dict[str, object]:
-    if item is None or isinstance(item, str):
-        item = {"text": item}
-    if not isinstance(item, Mapping):
-        raise RowError(f"expected a text or a dict, found {item!r:.80} ({type(item).__name__})")
-    return {name: _plain(name, value) for name, value in item.items()}
-
-
-def _plain(name: object, value: object) -> object:
-    """``value`` as JSON would give it back. Nested values are checked where they are used."""
-    if isinstance(value, np.generic) and not isinstance(value, str):
-        value = value.item()
-    if isinstance(value, str) and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise RowError(f"field {name!r}: half a surrogate pair at character {error.start}") from None
-    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +62,22 @@ Source: TypeAlias = str | MemoryData
 """Where a corpus is: what `locate` finds files for, or data in memory."""
 
 
-def source_of(data: Data) -> Source:
+def source_of(data: Data, *, stream: bool = False) -> Source:
     """The source that a user means by ``data``. UsageError for an object that is no data, or that can be read only
     once.
+
+    With ``stream`` it is read once, in order: a stream in memory is taken, and a dataset of the hub becomes one.
     """
+    if stream and is_stream(data):
+        return MemoryData(f"a stream ({type(data).__name__})", StreamForm.of(data))
+    if stream and isinstance(data, str) and (named := named_on_hub(data)):
+        return MemoryData(data, StreamForm.of(load_from_hub(data, *named, streaming=True)))
     if isinstance(data, str | PurePath):
-        return str(data)
+        return _spelled(data)
     if isinstance(data, MemoryData):
         return data
     if is_paths(data):
-        return BETWEEN.join(map(str, data))  # type: ignore[call-overload]
+        return BETWEEN.join(map(_spelled, data))  # type: ignore[arg-type]
     if _is_table(data):
         return MemoryData(_named(data), DatasetForm(_dataset(data)))
     if isinstance(data, Mapping):
@@ -109,15 +96,26 @@ def source_of(data: Data) -> Source:
     return MemoryData(f"{len(data):,} {kinds} in memory", MemoryForm(data))
 
 
+def _spelled(path: str | PurePath) -> str:
+    """A path as text. A `pathlib.Path` of an address has lost one of its slashes."""
+    return re.sub(r"^(\w+):/+", r"\1://", str(path)) if in_objects(path) else str(path)
+
+
 def _refuse_paths(items: Sequence[object]) -> None:
     """UsageError for a list of the names of files, which would be read as texts."""
     if any(isinstance(item, PurePath) for item in items) or (
         0 < len(items) <= 64
-        and all(isinstance(item, str) and len(item) < 256 and os.path.exists(item) for item in items)
+        and all(
+            isinstance(item, str) and len(item) < 256 and (in_objects(item) or os.path.exists(item)) for item in items
+        )
     ):
         raise UsageError(
             f"a list holds texts, and {str(items[0])!r:.100} is a path: for several files give a list of pathlib.Path"
         )
+
+
+def _is_place(text: str) -> bool:
+    return in_objects(text) or os.path.exists(text)
 
 
 def _package(data: object) -> str:
@@ -154,6 +152,8 @@ def source_name(data: Data | None) -> str:
 
 def part_word(data: Data) -> str:
     """A short word for ``data`` in default names of parts and runs."""
+    if is_stream(data):
+        return "stream"
     return "memory" if in_memory(data) else corpus_name(str(source_of(data)))
 
 

@@ -6,6 +6,8 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from decimal import Decimal
 from math import isfinite
 
+import numpy as np
+
 EXACT = 1 << 53
 """Up to here a float64 holds every integer."""
 
@@ -19,6 +21,27 @@ def check_object(row: object) -> dict[str, object]:
     if not isinstance(row, dict):
         raise RowError(f"expected a JSON object, found {shown(row)}")
     return row
+
+
+def plain_row(item: object) -> dict[str, object]:
+    """The row that a text or a dictionary is. RowError for anything else."""
+    if item is None or isinstance(item, str):
+        item = {"text": item}
+    if not isinstance(item, Mapping):
+        raise RowError(f"expected a text or a dict, found {item!r:.80} ({type(item).__name__})")
+    return {name: _plain(name, value) for name, value in item.items()}
+
+
+def _plain(name: object, value: object) -> object:
+    """``value`` as JSON would give it back. Nested values are checked where they are used."""
+    if isinstance(value, np.generic) and not isinstance(value, str):
+        value = value.item()
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise RowError(f"field {name!r}: half a surrogate pair at character {error.start}") from None
+    return value
 
 
 def value_at(row: Mapping[str, object], name: str) -> object:

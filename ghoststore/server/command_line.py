@@ -34,15 +34,14 @@ def command_line(options: ServeOptions, question: Mapping[str, Any], kind: type 
         **{name: value for name, value in question.items() if name not in ("val_set", "minus")},
     }
     words = ["ghoststore", "select" if kind is SelectOptions else "query"]
-    if isinstance(quotas := given.get("quotas"), Mapping):
-        del given["quotas"]
-        (entry,) = entries_of(QuotaOption)
-        words += flag_words(entry, [f"{domain}={quota}" for domain, quota in quotas.items()])
+    quotas = given.pop("quotas") if isinstance(given.get("quotas"), Mapping) else {}
     for entry in entries_of(kind):
         name = entry.spec.name
         if len(entry.path) > 1 or name not in given or given[name] in (None, entry.spec.default):
             continue
         words += flag_words(entry, given[name])
+    (entry,) = entries_of(QuotaOption)
+    words += flag_words(entry, [f"{domain}={quota}" for domain, quota in quotas.items()])
     line = " ".join(map(shlex.quote, words))
     return f"printf '%s\\n' {' '.join(map(shlex.quote, rows))} | {line}" if rows and short else line
 
@@ -54,6 +53,20 @@ def run_commands(options: ServeOptions, run: str) -> list[str]:
         f"ghoststore watch --store {store} --run {name}",
         f"ghoststore scores --store {store} --run {name} --top-k 20 --bottom-k 20",
     ]
+
+
+def sample_commands(options: ServeOptions, part: str, source_row: int, text: str | None) -> tuple[str, str]:
+    """The commands for a shell that write a sample, with its text, fields and status; and that find its
+    near-duplicates, itself among them.
+    """
+    store, name = shlex.quote(str(options.store)), shlex.quote(part)
+    data = "" if options.data is None or in_memory(options.data) else f" --data {shlex.quote(str(options.data))}"
+    export = (
+        f"ghoststore export --store {store} --part {name}{data} --format datasets --unusable "
+        f"--where 'source_row = {source_row}' --out row-{source_row}"
+    )
+    duplicates = {"val_set": [text or ""], "part": part, "count": 1, "leaks": "keep", "out": "nearest.jsonl"}
+    return export, command_line(options, duplicates, SelectOptions)
 
 
 def sample_command(options: ServeOptions, run: str, sample_id: str) -> str:

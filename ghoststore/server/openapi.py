@@ -117,6 +117,12 @@ def _views() -> dict[str, Any]:
         "minItems": 1,
         "items": {"type": "integer", "minimum": 0},
     }
+    properties["quota"] = {
+        "description": "In the place of `quotas`: DOMAIN=0.3, a share, or DOMAIN=100, rows. Others share the rest.",
+        "type": "array",
+        "minItems": 1,
+        "items": {"type": "string"},
+    }
     properties["form"] = {"description": "Of the file.", "enum": list(FORMS), "default": FORMS[0]}
     schema = {"type": "object", "required": ["val_set"], "additionalProperties": False, "properties": properties}
     row = [_name("part"), _name("row", {"type": "integer", "minimum": 0})]

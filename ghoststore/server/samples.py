@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from ghoststore.corpus import Position
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
-from ghoststore.server.command_line import sample_command
+from ghoststore.server.command_line import sample_command, sample_commands
 from ghoststore.settings.serve import ServeOptions
 from ghoststore.store import Part, Status, Store
 from ghoststore.store.part.kept import python_values, read_field
@@ -25,18 +25,20 @@ def sample(options: ServeOptions, name: str, source_row: int, progress: Progress
     """The sample at ``source_row`` of the corpus that part ``name`` was made of.
 
     ``rows`` are its windows, by their number in the part. ``text`` is None where the corpus is gone or has changed.
+    ``command`` writes the same from a shell.
     Raises UsageError if there is no such part, CorruptError for damaged rows, and what :func:`rows_of` raises.
     """
     part = Store.open(options.store).part(name)
     rows = rows_of(part, source_row)
     columns = ("sample_id", "domain", "status", "n_tokens", "loss", "window_start")
     ids, domains, statuses, tokens, losses, starts = (part.read_rows(column, rows) for column in columns)
+    text = texts_of(part, [int(rows[0])], progress, options.data)[0]
     return {
         "part": part.name,
         "source_row": source_row,
         "id": str(ids[0]),
         "domain": part.domains[domains[0]] if domains[0] >= 0 else None,
-        "text": texts_of(part, [int(rows[0])], progress, options.data)[0],
+        "text": text,
         "fields": _fields(part, int(rows[0])),
         "rows": [
             {
@@ -48,6 +50,7 @@ def sample(options: ServeOptions, name: str, source_row: int, progress: Progress
             }
             for row, status, count, loss, start in zip(rows, statuses, tokens, losses, starts, strict=True)
         ],
+        "command": sample_commands(options, part.name, source_row, text)[0],
     }
 
 
@@ -74,7 +77,8 @@ def history(options: ServeOptions, name: str, source_row: int, progress: Progres
 
 def duplicates(options: ServeOptions, name: str, source_row: int, progress: Progress) -> dict[str, Any]:
     """The samples of the corpus of part ``name`` that are near-duplicates of the one at ``source_row``: that hold at
-    least half of its runs of 8 words, as ``select`` looks for those of a val set. The most similar first.
+    least half of its runs of 8 words, as ``select`` looks for those of a val set. The most similar first. ``command``
+    is a ``select`` whose report lists them, with the sample itself.
 
     Reads the corpus once. UsageError for a corpus that is gone, MismatchError if it has changed, and what
     :func:`rows_of` raises.
@@ -88,6 +92,7 @@ def duplicates(options: ServeOptions, name: str, source_row: int, progress: Prog
     for sample in read_unchanged(corpus, part, progress):
         if sample.source_row != source_row:
             check.see(sample)
+    text = texts_of(part, [int(rows[0])], progress, options.data)[0]
     shown = sorted(check.found.values(), key=lambda leak: (-leak.overlap, leak.source_row))[:SHOWN]
     return {
         "part": part.name,
@@ -96,6 +101,7 @@ def duplicates(options: ServeOptions, name: str, source_row: int, progress: Prog
         "least_overlap": OVERLAP,
         "found": len(check.found),
         "rows": [{"id": leak.id, "source_row": leak.source_row, "overlap": leak.overlap} for leak in shown],
+        "command": sample_commands(options, part.name, source_row, text)[1],
     }
 
 

@@ -23,6 +23,7 @@ from ghoststore.settings.shared import (
     TokenizerSource,
     in_memory,
     is_stdin,
+    is_stream,
 )
 
 AUTO = "auto"
@@ -62,13 +63,24 @@ class BuildOptions(ProgressOption, EngineOptions, LengthOptions, CorpusOptions, 
         "Projection",
         choices=VECTOR_DTYPES,
     )
+    stream: bool = option(
+        False,
+        "Read the corpus once, in order, also one that is larger than the disk: files, or a dataset of the hub "
+        "(org/name:split), which is not downloaded.",
+        "Input",
+    )
     max_samples: int | None = option(None, FIRST_SAMPLES, "Input")
     skip_samples: int = option(0, "Leave out so many samples at the beginning of the corpus.", "Input")
     batch_tokens: int | None = option(
         None, "Padded tokens of a batch (default: 2048 on a CPU, 16384 on CUDA).", "Advanced"
     )
     span_rows: int | None = option(None, "Rows committed together (default: about 8 MiB of vectors).", "Advanced")
-    store_text: bool = option(False, "Keep the texts in the store.", "Output")
+    store_text: bool | None = option(
+        None,
+        "Keep the texts in the store (default: of a corpus that cannot be read again: standard input, data in memory, "
+        "a stream of the hub).",
+        "Output",
+    )
     keep_fields: Sequence[str] = option(
         (),
         "Keep these fields of the samples as columns of the part, for conditions (`ghoststore query --where`).",
@@ -121,6 +133,14 @@ class BuildOptions(ProgressOption, EngineOptions, LengthOptions, CorpusOptions, 
             raise UsageError("`worker` is one of several that are started elsewhere, `workers` starts them: give one")
         if self.devices and self.workers is None:
             raise UsageError("`devices` are those of `workers`: give that, too, or `device` for a build by one process")
+        if self.streams:
+            self._check_stream()
+        elif hasattr(self.data, "__next__"):
+            raise UsageError(
+                f"data of the type {type(self.data).__name__} can be read only once, and a build that was cut off "
+                "begins to read again: give what gives rows each time it is iterated over, such as "
+                "datasets.IterableDataset.from_generator(function); or a list of the rows"
+            )
         if self.several and any(map(in_memory, (self.data, self.checkpoint, self.tokenizer))):
             raise UsageError(
                 "several workers each open the checkpoint, the tokenizer and the corpus: save what is in memory, and "
@@ -130,6 +150,34 @@ class BuildOptions(ProgressOption, EngineOptions, LengthOptions, CorpusOptions, 
             raise UsageError("standard input can be read only once, not by several workers: give a file")
         if self.dry_run and self.stdin:
             raise UsageError("`dry_run` cannot read standard input: the corpus would be used up; give a file")
+
+    def _check_stream(self) -> None:
+        """UsageError for what a corpus that is read once, in order, does not allow."""
+        if self.several:
+            raise UsageError(
+                "a stream is read once, in order, by one process: leave out `worker`, `workers` and `engine`; or build "
+                "a part of each of its shards, all but one `like` the first, which are ranked as one"
+            )
+        if self.stdin:
+            raise UsageError(
+                "`stream` goes on where it was cut off, and standard input cannot be read again: leave `stream` out "
+                "(standard input is copied to a temporary file), or give files"
+            )
+        if self.dry_run:
+            raise UsageError(
+                "`dry_run` counts rows and tokens, and a stream is read once: give its first rows, in a file, without "
+                "`stream`"
+            )
+        if self.overlong == "window":
+            raise UsageError(
+                "`overlong=window` makes several rows of a sample, and of a stream each sample is one row: give "
+                "`overlong=truncate` or `overlong=skip`"
+            )
+
+    @property
+    def streams(self) -> bool:
+        """Whether the corpus is read once, in order."""
+        return self.stream or is_stream(self.data)
 
     @property
     def model(self) -> Checkpoint:
@@ -146,11 +194,6 @@ class BuildOptions(ProgressOption, EngineOptions, LengthOptions, CorpusOptions, 
     def stdin(self) -> bool:
         """Whether the corpus comes from standard input, which can be read only once."""
         return is_stdin(self.data)
-
-    @property
-    def keeps_texts(self) -> bool:
-        """Whether the part keeps texts: also those that cannot be read again."""
-        return self.store_text or self.stdin or in_memory(self.data)
 
 
 @options

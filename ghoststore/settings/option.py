@@ -169,28 +169,37 @@ _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 _OBJECTS = re.compile(r"(s3|gs|az):/")
 STORES = ("store", "to_store")
-"""The options whose value may be in object storage."""
+"""The options whose value is a store."""
+READ = ("data", "val_set", "minus", "checkpoint", "base", "tokenizer")
+"""The options whose value is read from, and may be in object storage, too."""
+FORMS_OF_ADDRESS = "s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX"
+
+
+def in_objects(value: object) -> bool:
+    """Whether ``value`` is an address in object storage."""
+    return isinstance(value, str | Path) and _OBJECTS.match(str(value)) is not None
 
 
 def refuse_remote(name: str, value: Any) -> None:
     """UsageError for an address (s3://, gs://, https://, …), which would be taken for a local folder.
 
-    A store may be in object storage.
+    A store may be in object storage, and so may what is read.
     """
     if not isinstance(value, str | Path) or not _REMOTE.match(str(value)):
+        return
+    if name in (*STORES, *READ) and in_objects(value):
         return
     if set("@?") & set(str(value)):  # which may be of credentials
         value = f"{str(value).partition(':')[0]}://…"
     if name in STORES:
-        if not _OBJECTS.match(str(value)):
-            raise UsageError(
-                f"`{name}={value}` is no place for a store: a store is a local folder, or s3://BUCKET/PREFIX, "
-                "gs://BUCKET/PREFIX or az://CONTAINER/PREFIX"
-            )
-        return
+        raise UsageError(f"`{name}={value}` is no place for a store: a store is a local folder, or {FORMS_OF_ADDRESS}")
+    if name in READ:
+        raise UsageError(
+            f"`{name}={value}` cannot be read: give a local path, a name of the hub, or {FORMS_OF_ADDRESS}"
+        )
     raise UsageError(
-        f"`{name}={value}` is no local path: corpora, checkpoints and results live in local folders and files so far, "
-        "only a store may be in object storage. Give a path, of a mounted bucket for instance"
+        f"`{name}={value}` is no local path: results are written to local folders and files; only stores, corpora, "
+        "val sets, checkpoints and tokenizers may be in object storage. Give a local path"
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
+from ghoststore.errors import UsageError
 from ghoststore.settings.option import about, option, options
 from ghoststore.settings.shared import (
     FIRST_VAL_SAMPLES,
@@ -65,6 +66,17 @@ def parse_quota(word: str) -> tuple[str, float]:
         return domain, float(number) if {".", "e"} & set(number) else int(number)
     except ValueError:
         raise ValueError(f"{word!r}: {number!r} is neither a share (0.3) nor a number of samples (100)") from None
+
+
+def quotas_of(quota: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """``quotas`` as a mapping, of (domain, quota) as :func:`parse_quota` reads them. UsageError for a domain that has
+    two.
+    """
+    domains = [domain for domain, _ in quota]
+    for domain in domains:
+        if domains.count(domain) > 1:
+            raise UsageError(f"`quota`: {domain!r} has two quotas")
+    return dict(quota)
 
 
 @options

@@ -1,6 +1,6 @@
 """Options that several commands share, with the same names, defaults and help."""
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
@@ -29,8 +29,10 @@ class InMemory(Protocol):
     def save_pretrained(self) -> Any: ...
 
 
-Data: TypeAlias = str | Path | Sequence[Path] | Sequence[str] | Sequence[Mapping[str, object]] | Sized
-"""A path or several; or texts, dictionaries, or a table in memory (`datasets.Dataset`, pandas, Arrow)."""
+Data: TypeAlias = str | Path | Sequence[Path] | Sequence[str] | Sequence[Mapping[str, object]] | Sized | Iterable[Any]
+"""A path or several; or texts, dictionaries, or a table in memory (`datasets.Dataset`, pandas, Arrow). For a build also
+a stream (`datasets.IterableDataset`).
+"""
 Checkpoint: TypeAlias = str | Path | InMemory
 """A folder in transformers' format, a hub id or nanoGPT's file; or a loaded model."""
 AdapterUse = Literal["only", "merge", "ignore"]
@@ -53,6 +55,18 @@ def in_memory(given: object) -> bool:
 def is_paths(given: object) -> bool:
     """Whether ``given`` is a list of paths: `pathlib` objects, since strings in a list are texts."""
     return isinstance(given, list | tuple) and bool(given) and all(isinstance(path, Path) for path in given)
+
+
+def is_stream(given: object) -> bool:
+    """Whether ``given`` gives rows each time it is iterated over, and has no length: `datasets.IterableDataset`, and
+    objects of the user's own. An iterator, which is used up, is none.
+    """
+    return (
+        hasattr(given, "__iter__")
+        and not hasattr(given, "__next__")
+        and not hasattr(given, "__len__")
+        and not isinstance(given, Mapping)
+    )
 
 
 def is_stdin(data: Data | None) -> bool:
@@ -121,7 +135,7 @@ class CorpusOptions(FieldsOption):
 
     data: Data = field(
         metadata=about(
-            "Corpus: a file (jsonl, json, csv, parquet, …; gz, zst), a folder, a quoted pattern, or -; repeatable.",
+            "Corpus: a file (jsonl, json, csv, parquet, …; gz, zst), folder, quoted pattern, s3://…, or -; repeatable.",
             "Input",
             repeated=True,
             metavar="PATH",
@@ -160,14 +174,16 @@ class AdapterOptions:
     adapter: AdapterUse | None = option(None, ADAPTER, "Model")
 
 
-CHECKPOINT = "Folder in transformers' format, of a model or a LoRA adapter; a hub id; or nanoGPT's ckpt.pt."
+CHECKPOINT = "Folder (or s3://…) in transformers' format, of a model or a LoRA adapter; a hub id; or nanoGPT's ckpt.pt."
 
 
 @options
 class ModelOptions(AdapterOptions, DeviceOption):
     """The options for a model that computes gradients, but for its checkpoint."""
 
-    tokenizer: TokenizerSource | None = option(None, "Folder of the tokenizer (default: the checkpoint's).", "Model")
+    tokenizer: TokenizerSource | None = option(
+        None, "Folder (or s3://…) of the tokenizer (default: the checkpoint's).", "Model"
+    )
     model_dtype: str = option("float32", "Numbers the model computes with.", "Model", choices=FLOATS)
     attn_implementation: str | None = option(
         None, "Attention kernel: sdpa, eager, … (default: transformers').", "Advanced"

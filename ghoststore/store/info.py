@@ -29,8 +29,10 @@ class PartInfo:
     name: str
     complete: bool
     rows: int
-    """Rows of the whole part, ``committed`` or not."""
+    """Rows of the whole part, ``committed`` or not; of an ``open`` part those that are committed."""
     committed: int
+    open: bool
+    """Whether it is built from a stream whose end was not seen yet: nobody knows how many rows it will have."""
     statuses: dict[str, int]
     """Committed rows by status."""
     tokens: int
@@ -120,7 +122,8 @@ def describe(part: Part) -> PartInfo:
     """Describe ``part``. CorruptError if a commit record is damaged."""
     return PartInfo(
         **_common(part),
-        rows=part.layout.rows,
+        rows=part.rows if part.open else part.layout.rows,
+        open=part.open,
         dimension=part.layout.dimension,
         dtype=part.layout.dtype,
         row_bytes=part.layout.row_bytes,

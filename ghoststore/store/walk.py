@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ghoststore.store.base.disk import UNFINISHED
+from ghoststore.store.base.manifest import OPEN
 from ghoststore.store.base.object_path import ObjectPath
 from ghoststore.store.part.caches import FOLDERS, SECOND_MOMENT, cache_groups
 from ghoststore.store.part.indexes import FOLDER as INDEX
 from ghoststore.store.part.indexes import is_index_file
 from ghoststore.store.part.part import Part
+from ghoststore.store.part.stream import STATES
 from ghoststore.store.run.run import Run
 from ghoststore.store.spans.group import Spanned
 from ghoststore.store.spans.layout import first_row
@@ -103,6 +105,8 @@ class Census:
             return "leftover"
         if name == "zarr.json" or name in self._source.files or name in self._caches or _RECORD.fullmatch(name):
             return "data"
+        if isinstance(self._source, Part) and name == STATES and self._source.layout.stream is not None:
+            return "data" if self._source.layout.stream == OPEN else "leftover"
         if isinstance(self._source, Run) and (match := JOURNAL.fullmatch(name)):
             # The journal of a committed span is one that its writer did not remove any more.
             return "leftover" if match[1] and int(match[1]) in self._spans else "data"

@@ -30,6 +30,7 @@ from indexer.build.like import resolved
 from indexer.build.report import BuildReport
 from indexer.build.share import Share, device_of
 from indexer.build.spans import compute_spans
+from indexer.build.stream import build_stream
 from indexer.build.workers import build_side_by_side
 
 
@@ -39,10 +40,12 @@ def build(options: BuildOptions) -> BuildReport:
     ``store``.
 
     ``checkpoint`` is a folder in transformers' format or a hub id. ``data`` is any form of corpus, see
-    ``docs/corpus.md``. ``max_length`` is in tokens (default: the model's positions, at most 1024). ``batch_tokens`` is
-    the number of padded tokens of a batch (default: 2,048 on a CPU, 16,384 on CUDA). Texts from standard input
-    (``data="-"``) are kept in the store. ``name`` is the name of the part (default: made of the names of checkpoint and
-    corpus).
+    ``docs/corpus.md``. With ``stream`` it is read once, in order; so is, without being told, a
+    `datasets.IterableDataset`, or another object without a length that is iterated over anew, see ``docs/streams.md``.
+    ``max_length`` is in tokens (default: the model's positions, at most 1024). ``batch_tokens`` is the number of padded
+    tokens of a batch (default: 2,048 on a CPU, 16,384 on CUDA). Texts of what cannot be read again, such as standard
+    input (``data="-"``), are kept in the store. ``name`` is the name of the part (default: made of the names of
+    checkpoint and corpus).
 
     ``optimizer_state`` names a training checkpoint of ``ghoststore train`` or transformers' Trainer. Adam's second
     moment from it, factored into a row and a column, scales both sides of the projection. The inner product of two
@@ -73,6 +76,8 @@ def build(options: BuildOptions) -> BuildReport:
         return build_on_ray(options, progress)
     if not options.dry_run and options.workers is not None:
         return build_side_by_side(options, progress)
+    if options.streams:
+        return build_stream(options, progress)
     share = Share.given(options.worker)
     if options.worker == AUTO:
         options = replace(options, device=device_of(options.device))

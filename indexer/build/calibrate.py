@@ -312,15 +312,21 @@ def _eigenvectors(plan: ProjectionPlan, n: int, k: int) -> int:
     return max(k if plan.config.kind == LEARNED else 1, directions(n) if plan.config.preconditioned else 1)
 
 
+def axis_lengths(plan: ProjectionPlan) -> list[tuple[int, int]]:
+    """(length, number of eigenvectors) of each axis whose eigenvectors are computed: both of each layer, or none."""
+    if not plan.config.learns_sides:
+        return []
+    axes = [pair for shape in plan.shapes for pair in ((shape.n_out, shape.k_out), (shape.n_in, shape.k_in))]
+    return [(n, _eigenvectors(plan, n, k)) for n, k in axes]
+
+
 def learning_bytes(plan: ProjectionPlan) -> int:
     """Estimate of the bytes that learning takes beside the model: the sums of both sides, three times the blocks of a
     batch in one layer, and the inputs of all layers.
     """
     if not plan.calibrated:
         return 0
-    axes = [pair for shape in plan.shapes for pair in ((shape.n_out, shape.k_out), (shape.n_in, shape.k_in))]
-    sums = sum(leading_bytes(n, _eigenvectors(plan, n, k)) for n, k in axes)
-    return sums * plan.config.learns_sides + (3 + KEPT_AT_ONCE) * BYTES_AT_ONCE
+    return sum(leading_bytes(n, k) for n, k in axis_lengths(plan)) + (3 + KEPT_AT_ONCE) * BYTES_AT_ONCE
 
 
 def _key(layer: BlockPlan, purpose: str) -> str:

@@ -53,6 +53,9 @@ class CorpusPlan:
     """Fields that are kept as columns."""
     kept_fingerprint: str | None = None
     """Of their values; None without any."""
+    head: dict[str, Any] | None = None
+    """Of a stream: the number and the fingerprint of the samples at its beginning that the projection may learn from.
+    None for other corpora."""
     goes_on: bool = False
     """Whether the corpus has more than the samples that a part was begun with, if these alone are planned."""
 

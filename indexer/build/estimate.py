@@ -1,27 +1,32 @@
-"""How long a build would take: measured on one batch of its rows."""
+"""How long a build would take: measured on one batch of its rows, and on one axis of each shape that is learned."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from itertools import islice
 
 import torch
 
+from indexer.build.calibrate import axis_lengths
 from indexer.build.job import BuildJob
+from indexer.build.leading import Leading, random_directions
 from indexer.encode.batching import batches_of
 from indexer.encode.encoder import RowEncoder
 from indexer.encode.tokens import rows_of
 from indexer.projection.matrices import Projection, drawn_sides
+from indexer.projection.plan import ProjectionPlan
 
 ROWS = 64
 """Most rows that are looked at."""
-LEARNING = 1.3
-"""Learning ÷ building as many rows: 1.26 of GPT-2 Small by 64 rows of 128 tokens; see docs/design/0012."""
+LEARNING = 1.16
+"""Learning ÷ building as many rows, eigenvectors not counted: of GPT-2 Small; see docs/measured.md."""
 
 
 def estimated_seconds(job: BuildJob) -> dict[str, float]:
     """Seconds by kind of work, ``learning`` and ``compute``, on this machine as busy as it is; empty where no row can
-    be used, or all are built. Computes a batch of the first rows twice, the second time measured, and drops it.
+    be used, or all are built. Computes a batch of the first rows twice, the second time measured, and the eigenvectors
+    of one axis of each shape, and drops them.
     """
     inputs, plan, rows_left = job.inputs, job.projected, job.plan.rows
     if inputs.existing is not None:
@@ -48,5 +53,19 @@ def estimated_seconds(job: BuildJob) -> dict[str, float]:
     of_all = spent / sum(usable[place].length for place in batch) * job.plan.tokens
     seconds = {"compute": of_all * rows_left / job.plan.rows}
     if plan.calibrated and plan.calibration is None:
-        seconds["learning"] = LEARNING * min(1.0, plan.config.calibration_samples / job.plan.rows) * of_all
+        by_rows = LEARNING * min(1.0, plan.config.calibration_samples / job.plan.rows) * of_all
+        seconds["learning"] = by_rows + _eigenvector_seconds(plan, encoder.device)
+    return seconds
+
+
+def _eigenvector_seconds(plan: ProjectionPlan, device: torch.device) -> float:
+    """Of all axes that are learned: their time depends on their lengths alone, not on rows."""
+    seconds, generator = 0.0, torch.Generator().manual_seed(0)
+    for (n, k), axes in Counter(axis_lengths(plan)).items():
+        begun = time.perf_counter()
+        leading = Leading("estimate", n, k, device)
+        terms = torch.randn(n, 2 * random_directions(n, k), generator=generator)
+        leading.add(terms.to(device), 1)
+        leading.factor()
+        seconds += axes * (time.perf_counter() - begun)
     return seconds

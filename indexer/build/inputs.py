@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,10 +23,11 @@ from ghoststore.checkpoint.load import (
     resolve_device,
 )
 from ghoststore.checkpoint.same_model import checkpoint_section, refuse_incomplete
-from ghoststore.corpus import Corpus, Fields, ResolvedFields, open_corpus, part_word
-from ghoststore.errors import UsageError
+from ghoststore.corpus import Corpus, Fields, ResolvedFields, Sample, open_corpus, part_word
+from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.settings.build import BuildOptions
+from ghoststore.settings.shared import in_memory
 from ghoststore.software import versions_of
 from ghoststore.store import Manifest, Part, Store
 from ghoststore.store.base.names import check_name, safe_name
@@ -61,6 +62,8 @@ class BuildInputs:
     """The part whose projection and settings this one shares."""
     repairing: bool = False
     """Whether ``existing`` is being repaired: its own scales are then used, whatever else it has lost."""
+    head: Iterable[Sample] | None = None
+    """Of a stream the samples at its beginning, or where it goes on, each time anew; None for other corpora."""
     most_samples: int | None = None
     """Samples of the corpus that are read at most: those that are asked for, or those of a part that is completed or
     repaired, whose corpus may have grown since. None for all.
@@ -77,12 +80,22 @@ class BuildInputs:
         }
 
     @property
+    def keeps_texts(self) -> bool:
+        """Whether the part keeps texts: by default those of a corpus that cannot be read again."""
+        asked = self.options.store_text
+        return self.corpus.recorded == "-" if asked is None else asked
+
+    @property
     def loss(self) -> Manifest:
         """The section of the manifest that says what is differentiated."""
         return {
             "definition": loss_definition(self.model),
             "reduction": self.options.loss_reduction,
         }
+
+    @property
+    def _from_hub(self) -> bool:
+        return self.corpus.stream_form is not None and not in_memory(self.options.data)
 
     def description(self) -> Manifest:
         """The sections of the manifest that say where the inputs are, and which hardware and software compute."""
@@ -96,6 +109,7 @@ class BuildInputs:
                 "tokenizer": recorded_tokenizer(options.tokenizer),
                 "data": self.corpus.recorded,
                 "form": self.corpus.form,
+                **({"stream": self.corpus.source} if self._from_hub else {}),
                 "optimizer_state": None if state is None else str(Path(state).resolve()),
                 "learning_rate": None if in_memory else learning_rate_of(checkpoint.folder),
                 **({} if base is None else {"base": base}),
@@ -144,7 +158,13 @@ def open_inputs(
         refuse_incomplete(existing)
     if not options.dry_run and not (existing is not None and existing.complete):
         check_writable(location(options.store) / "parts" if existing is None else existing.path)
-    with open_corpus(options.data, _fields(options, repaired, like), progress) as corpus:
+    if existing is not None and (existing.layout.stream is not None) != options.streams:
+        was, give = ("no stream", "leave `stream` out") if options.streams else ("a stream", "give `stream`")
+        raise MismatchError(
+            f"part {name!r} of {options.store} was built from {was}: {give} to continue it, or give another `name` for "
+            "a new one"
+        )
+    with open_corpus(options.data, _fields(options, repaired, like), progress, stream=options.streams) as corpus:
         corpus = corpus.keeping(checked_names(options.keep_fields, corpus))
         model = load_model(
             checkpoint,
@@ -190,6 +210,8 @@ def open_inputs(
 def _most_samples(options: BuildOptions, existing: Part | None, *, repairing: bool) -> int | None:
     """See :attr:`BuildInputs.most_samples`. Where another ``max_samples`` is asked for, the part is not continued."""
     asked = options.max_samples
+    if options.streams:
+        return asked
     if existing is None or (existing.complete and not repairing) or existing.manifest["corpus"]["max_samples"] != asked:
         return asked
     return int(existing.manifest["corpus"]["samples"])
@@ -199,7 +221,7 @@ def _fields(options: BuildOptions, repaired: Part | None, like: Part | None) -> 
     if repaired is not None:
         return ResolvedFields.from_json(repaired.manifest["corpus"]["fields"])
     if like is not None and options.fields is None:
-        return fields_like(like, options.data)
+        return fields_like(like, options.data, stream=options.streams)
     return options.fields or Fields()
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from numpy.typing import NDArray
@@ -69,6 +69,7 @@ class BuildJob:
                 "domains": scan.domains,
                 "repeated_ids": self.plan.repeated_ids,
                 "fields": self.inputs.corpus.resolved.to_json(),
+                **({} if self.plan.head is None else {"head": self.plan.head}),
                 **({} if self.plan.kept_fingerprint is None else {"kept_fingerprint": self.plan.kept_fingerprint}),
             },
             "tokens": asdict(self.inputs.tokens),
@@ -98,17 +99,9 @@ def plan_job(inputs: BuildInputs, progress: Progress, *, joining: bool = False) 
     A worker that is ``joining`` a part that is not complete does not scan the corpus where the part says enough: what
     it builds is compared with the plan of the part.
     """
-    options, model, existing, like = inputs.options, inputs.model, inputs.existing, inputs.like
-    before = existing or like
-    config = (options.projection or ProjectionConfig()).for_build(optimizer_state=options.optimizer_state is not None)
-    if options.optimizer_state is not None and config.preconditioned:
-        raise UsageError(
-            f"`optimizer_state` and `precondition={config.precondition}` each give the gradients a metric of its "
-            "own: choose one (`precondition=none`)"
-        )
-    plan, padding = _supported(inputs, config, progress)
-    config = plan.config
-    learning = LearningSample(config.calibration_samples) if plan.calibrated else None
+    options, existing = inputs.options, inputs.existing
+    plan, padding = chosen_layers(inputs, progress)
+    learning = LearningSample(plan.config.calibration_samples) if plan.calibrated else None
     planned = joining and existing is not None and not existing.complete and inputs.tokens.overlong != "window"
     if planned and existing is not None:
         corpus_plan = planned_as(existing)
@@ -118,7 +111,7 @@ def plan_job(inputs: BuildInputs, progress: Progress, *, joining: bool = False) 
             inputs.tokenizer,
             inputs.tokens,
             # The size of spans does not depend on the number of rows, which only the scan will tell.
-            span_rows=_layout(inputs, plan, sys.maxsize).span_rows,
+            span_rows=layout_of(inputs, plan, sys.maxsize).span_rows,
             skip_samples=options.skip_samples,
             max_samples=inputs.most_samples,
             known=0 if existing is None else int(existing.manifest["corpus"]["samples"]),
@@ -126,15 +119,43 @@ def plan_job(inputs: BuildInputs, progress: Progress, *, joining: bool = False) 
             learning=learning,
             progress=progress,
         )
-    fields = corpus_plan.fields if like is None else kept_like(like, corpus_plan.fields)
-    layout = _layout(inputs, plan, corpus_plan.rows, fields)
+    fields = corpus_plan.fields if inputs.like is None else kept_like(inputs.like, corpus_plan.fields)
+    layout = layout_of(inputs, plan, corpus_plan.rows, fields)
+    return job_of(inputs, plan, corpus_plan, layout, learning, progress, padding=padding)
+
+
+def chosen_layers(inputs: BuildInputs, progress: Progress) -> tuple[ProjectionPlan, bool]:
+    """(the plan of the projection, whether rows of different lengths share a batch), after the model was checked."""
+    options = inputs.options
+    config = (options.projection or ProjectionConfig()).for_build(optimizer_state=options.optimizer_state is not None)
+    if options.optimizer_state is not None and config.preconditioned:
+        raise UsageError(
+            f"`optimizer_state` and `precondition={config.precondition}` each give the gradients a metric of its "
+            "own: choose one (`precondition=none`)"
+        )
+    return _supported(inputs, config, progress)
+
+
+def job_of(
+    inputs: BuildInputs,
+    plan: ProjectionPlan,
+    corpus_plan: CorpusPlan,
+    layout: PartLayout,
+    learning: LearningSample | None,
+    progress: Progress,
+    *,
+    padding: bool,
+) -> BuildJob:
+    """The build of a planned corpus, after the projection was learned from the samples of ``learning``, if it is."""
+    options, existing, like = inputs.options, inputs.existing, inputs.like
+    before = existing or like
     scales: Mapping[str, SideScales] | None = None
     if like is not None and options.optimizer_state is None:
         scales = scales_of(like, plan)
     elif inputs.repairing and existing is not None:
         scales = scales_of(existing, plan)
     elif options.optimizer_state is not None:
-        scales = read_scales(options.optimizer_state, model, [layer.block for layer in plan.layers])
+        scales = read_scales(options.optimizer_state, inputs.model, [layer.block for layer in plan.layers])
     learning_seconds = 0.0
     if learning is not None and before is not None:
         plan = calibrated_as(before, plan)
@@ -207,7 +228,7 @@ def _refuse_other(part: Part, plan: ProjectionPlan, identity: Manifest) -> None:
 def _refuse_unlike(inputs: BuildInputs, like: Part, plan: ProjectionPlan) -> None:
     """What :func:`refuse_unlike` refuses, as far as it is known before the corpus is read."""
     kept = tuple(KeptField(name=name, type="string") for name in inputs.corpus.keep)  # their types tells the scan
-    layout = _layout(inputs, plan, sys.maxsize, kept)
+    layout = layout_of(inputs, plan, sys.maxsize, kept)
     wanted = {
         **inputs.identity,
         "tokens": asdict(inputs.tokens),
@@ -225,8 +246,11 @@ def _may_pad(inputs: BuildInputs, plan: ProjectionPlan, progress: Progress) -> b
     options, tokens, existing = inputs.options, inputs.tokens, inputs.existing
     if existing is not None and existing.complete:  # nothing will be computed
         return bool(existing.manifest["batching"]["padding"])
-    samples = islice(islice(inputs.corpus.samples(), options.skip_samples, None), inputs.most_samples)
-    rows = rows_of(samples, inputs.tokenizer, tokens)
+    if inputs.head is not None:  # a stream: it is read no further than it must be
+        rows: Iterator[Row] = chain.from_iterable(rows_of([sample], inputs.tokenizer, tokens) for sample in inputs.head)
+    else:
+        samples = islice(islice(inputs.corpus.samples(), options.skip_samples, None), inputs.most_samples)
+        rows = rows_of(samples, inputs.tokenizer, tokens)
     # The first usable rows, however far they are from the beginning of the corpus.
     usable = list(islice((row for row in rows if row.status.usable), ROWS_LOOKED_AT))
     padding = ModelCheck(
@@ -239,6 +263,8 @@ def _may_pad(inputs: BuildInputs, plan: ProjectionPlan, progress: Progress) -> b
         checkpointing=options.gradient_checkpointing,
         note=progress.note,
     ).run()
+    if existing is not None and existing.layout.stream is not None:  # of other rows, which came first
+        padding = bool(existing.manifest["batching"]["padding"])
     if inputs.like is not None:
         padding &= bool(inputs.like.manifest["batching"]["padding"])
     if not padding:
@@ -248,7 +274,8 @@ def _may_pad(inputs: BuildInputs, plan: ProjectionPlan, progress: Progress) -> b
     return padding
 
 
-def _layout(inputs: BuildInputs, plan: ProjectionPlan, rows: int, fields: tuple[KeptField, ...] = ()) -> PartLayout:
+def layout_of(inputs: BuildInputs, plan: ProjectionPlan, rows: int, fields: tuple[KeptField, ...] = ()) -> PartLayout:
+    """The layout of a part of ``rows`` rows."""
     options = inputs.options
     return PartLayout.choose(
         rows=rows,
@@ -256,7 +283,7 @@ def _layout(inputs: BuildInputs, plan: ProjectionPlan, rows: int, fields: tuple[
         groups=plan.group_count,
         dtype=options.proj_dtype,
         span_rows=options.span_rows,
-        store_text=options.keeps_texts,
+        store_text=inputs.keeps_texts,
         fields=fields,
     )
 

@@ -124,6 +124,19 @@ class KeptScan:
         return tuple(fields)
 
 
+def refuse_misfits(source: str, fields: Sequence[KeptField], sample: Sample) -> None:
+    """CorpusError for a value of ``sample`` that the column of its field, whose type is settled, does not hold."""
+    for field, value in zip(fields, sample.kept, strict=True):
+        if value is None or (found := _type_of(value)) == field.type:
+            continue
+        if (found, field.type) == ("int", "float") and isinstance(value, int) and abs(value) <= EXACT:
+            continue
+        raise CorpusError(
+            f"{source}: field {field.name!r} of `keep_fields` was {field.type} in the rows at the head of the stream, "
+            f"and is {found} in {sample}: {value!r:.80}. Mend the field, or build without it under another `name`"
+        )
+
+
 def kept_bytes(sample: Sample) -> bytes:
     """The bytes of the kept values that hashes cover."""
     return orjson.dumps(sample.kept, default=str)

@@ -82,11 +82,14 @@ def part_like(options: BuildOptions) -> Part:
     return Store.open(options.store).part(options.like)
 
 
-def fields_like(part: Part, data: Data) -> Fields | ResolvedFields:
+def fields_like(part: Part, data: Data, *, stream: bool = False) -> Fields | ResolvedFields:
     """The names of fields of ``part``, where ``data`` has the form of its corpus, compressed or not; else the
     conventional ones.
     """
-    form, built_from = "jsonl" if is_stdin(data) else Corpus.open(data).form, part.manifest["source"]["form"]
+    form, built_from = (
+        "jsonl" if is_stdin(data) else Corpus.open(data, stream=stream).form,
+        part.manifest["source"]["form"],
+    )
     alike = form.partition(".")[0] == built_from.partition(".")[0]
     return ResolvedFields.from_json(part.manifest["corpus"]["fields"]) if alike else Fields()
 

@@ -293,6 +293,11 @@ class _Repair:
 
     def _compute(self, part: Part, spans: set[int], fixed: list[str]) -> None:
         """Recompute ``spans`` and the files of ``fixed`` arrays, as the build of ``part`` did."""
+        if part.layout.stream is not None:
+            raise UsageError(
+                f"part {part.name!r} was built from a stream, which is read once, in order. Bring a sound copy of the "
+                "part back, or build it again under another `name` and remove this one (`ghoststore rm`)"
+            )
         options = self._build_options(part, learn=bool(fixed))
         with open_inputs(options, self._progress, repaired=part) as inputs:
             learned = [name for name in fixed if name.partition("/")[0] != SPAN_TABLE]

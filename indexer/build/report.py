@@ -43,6 +43,9 @@ class BuildReport:
     """The share of this process, "I/N"; None if it built all that was missing."""
     workers: int | None = None
     """Of a dry run with ``workers``: how many of them would have a span to build."""
+    head: int | None = None
+    """Of a stream: rows at its beginning that were held while the projection was learned from them; None for other
+    corpora."""
     new_rows: str | None = None
     """The command that builds what follows in a corpus that has grown since the part was begun; None where it has not,
     or where nobody looked (workers do not)."""

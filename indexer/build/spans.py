@@ -9,12 +9,12 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ghoststore.progress import Progress
+from ghoststore.progress import Progress, Task
 from ghoststore.store import Part
 from ghoststore.store.part.kept import stored_fields
 from ghoststore.store.part.sealing import seal_vectors
@@ -24,6 +24,8 @@ from indexer.build.job import BuildJob
 from indexer.build.report import BUILDING
 from indexer.encode.encoder import RowEncoder, encode_rows
 from indexer.encode.tokens import Row
+
+T = TypeVar("T")
 
 
 def compute_spans(
@@ -36,43 +38,44 @@ def compute_spans(
     seconds = {"compute": 0.0, "corpus": 0.0, "write": 0.0}
     if not missing:
         return seconds
-    assert job.projection is not None
-    options = job.inputs.options
-    encoder = RowEncoder(
-        job.inputs.model,
-        job.projection,
-        reduction=options.loss_reduction,
-        checkpointing=options.gradient_checkpointing,
-        padding=job.padding,
-    )
     if only is None:
         task = progress.task(verb, part.layout.rows, done=part.rows)
     else:
         task = progress.task(verb, sum(stop - start for start, stop in map(part.layout.span_of, missing)))
-    with closing(task), encoder, BackgroundWriter(part) as writer:
+    inputs, sizes = job.inputs, [stop - start for start, stop in map(part.layout.span_of, range(part.layout.spans))]
+    spans = rows_of_spans(inputs.corpus, inputs.tokenizer, inputs.tokens, job.plan, sizes, missing)
+    with closing(task), row_encoder(job) as encoder, BackgroundWriter(part) as writer:
         waited = time.perf_counter()
-        for span, rows in _read_ahead(job, part, missing):
+        for span, rows in read_ahead(spans):
             started = time.perf_counter()
             seconds["corpus"] += started - waited
-            arrays = span_arrays(rows, part)
-            encoded = encode_rows(encoder, rows, job.inputs.batch_tokens, task)
-            arrays["loss"] = encoded.losses.numpy()
-            seal_vectors(arrays, encoded.vectors.numpy(), part)
+            arrays = sealed_span(encoder, rows, part, job.inputs.batch_tokens, task)
             waited = time.perf_counter()
             seconds["compute"] += waited - started
             writer.put(SpanData(span, arrays))
     return {**seconds, "write": writer.seconds}
 
 
-def _read_ahead(job: BuildJob, part: Part, spans: Sequence[int]) -> Iterator[tuple[int, list[Row]]]:
-    """(span, its rows) for each of ``spans``, read and tokenized by a thread while the caller computes."""
-    inputs, layout = job.inputs, part.layout
-    sizes = [stop - start for start, stop in map(layout.span_of, range(layout.spans))]
+def row_encoder(job: BuildJob) -> RowEncoder:
+    """What encodes the rows of a build."""
+    assert job.projection is not None
+    options = job.inputs.options
+    return RowEncoder(
+        job.inputs.model,
+        job.projection,
+        reduction=options.loss_reduction,
+        checkpointing=options.gradient_checkpointing,
+        padding=job.padding,
+    )
+
+
+def read_ahead(spans: Iterator[T]) -> Iterator[T]:
+    """``spans``, each read and tokenized by a thread while the caller computes the one before."""
     # One span in the queue is enough, because reading is faster than computing; more would only take memory.
-    ready: queue.Queue[tuple[int, list[Row]] | BaseException | None] = queue.Queue(maxsize=1)
+    ready: queue.Queue[T | BaseException | None] = queue.Queue(maxsize=1)
     stop = threading.Event()
 
-    def put(item: tuple[int, list[Row]] | BaseException | None) -> None:
+    def put(item: T | BaseException | None) -> None:
         while not stop.is_set():
             try:
                 ready.put(item, timeout=0.1)
@@ -82,7 +85,7 @@ def _read_ahead(job: BuildJob, part: Part, spans: Sequence[int]) -> Iterator[tup
 
     def read() -> None:
         try:
-            for item in rows_of_spans(inputs.corpus, inputs.tokenizer, inputs.tokens, job.plan, sizes, spans):
+            for item in spans:
                 put(item)
                 if stop.is_set():
                     return
@@ -102,11 +105,27 @@ def _read_ahead(job: BuildJob, part: Part, spans: Sequence[int]) -> Iterator[tup
         thread.join()
 
 
-def span_arrays(rows: Sequence[Row], part: Part) -> dict[str, NDArray[Any]]:
+def sealed_span(
+    encoder: RowEncoder,
+    rows: Sequence[Row],
+    part: Part,
+    batch_tokens: int,
+    task: Task,
+    domains: Sequence[str] | None = None,
+) -> dict[str, NDArray[Any]]:
+    """The arrays of a span of ``rows``. ``domains`` are those of the rows, by default those of the part."""
+    arrays = span_arrays(rows, part, domains)
+    encoded = encode_rows(encoder, rows, batch_tokens, task)
+    arrays["loss"] = encoded.losses.numpy()
+    seal_vectors(arrays, encoded.vectors.numpy(), part)
+    return arrays
+
+
+def span_arrays(rows: Sequence[Row], part: Part, domains: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
     """The arrays of a span, except ``loss`` and those of its vectors."""
     status = np.array([row.status for row in rows], dtype=np.uint8)
     kept = stored_fields(part.layout.fields, [row.sample.kept for row in rows])
-    arrays = {**sample_columns(rows, part.domains), "status": status, **kept}
+    arrays = {**sample_columns(rows, part.domains if domains is None else domains), "status": status, **kept}
     if part.layout.store_text:
         arrays["text"] = np.array([row.sample.preview() for row in rows], dtype=object)
     return arrays

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ghoststore.checkpoint.load import find_tokenizer, load_tokenizer, quiet_transformers
+from ghoststore.checkpoint.objects import place_of
 from ghoststore.checkpoint.same_model import tokenizer_lines
 from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.cluster import on_actors, ray_cluster, room
@@ -158,7 +159,7 @@ def tokenize_as_of(
         manifest["source"] = {
             "data": corpus.recorded,
             "form": corpus.form,
-            "tokenizer": "-" if in_memory(options.tokenizer) else absolute(str(options.tokenizer)),
+            "tokenizer": "-" if in_memory(options.tokenizer) else absolute(place_of(Path(str(options.tokenizer)))),
         }
         _create(folder, manifest, text_tokenizer)
         _refuse_mismatch(folder, manifest, progress)

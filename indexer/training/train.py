@@ -397,7 +397,7 @@ class _Training:
         return {
             "data": recorded(self.data),
             "val_set": None if self.val_set is None else recorded(self.val_set),
-            "checkpoint": None if start.checkpoint is None else str(start.checkpoint.folder.resolve()),
+            "checkpoint": None if start.checkpoint is None else start.checkpoint.recorded,
             "output_dir": str(self.output_dir.resolve()),
         }
 

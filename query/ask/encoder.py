@@ -36,7 +36,7 @@ from ghoststore.progress import Progress, Silent, Task
 from ghoststore.settings.shared import Checkpoint as CheckpointSource
 from ghoststore.settings.shared import Data, TokenizerSource
 from ghoststore.store import Part, Status
-from ghoststore.store.base.own import is_own, source_path
+from ghoststore.store.base.own import is_own, is_place, source_path
 from ghoststore.store.base.records import reading
 from ghoststore.store.part.status import FIRST_UNUSABLE, counted
 from indexer.encode.encoder import RowEncoder, encode_rows
@@ -402,6 +402,6 @@ def tokenizer_folder(part: Part, tokenizer: TokenizerSource | None, checkpoint: 
     if tokenizer is not None:
         return find_tokenizer(tokenizer)
     recorded = part.manifest["source"]["tokenizer"]
-    if recorded is None or not (is_own(part.manifest) and Path(recorded).is_absolute()):
+    if recorded is None or not (is_own(part.manifest) and is_place(recorded)):
         return checkpoint.tokenizer_folder
-    return Path(recorded)
+    return find_tokenizer(recorded)

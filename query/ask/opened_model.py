@@ -45,7 +45,7 @@ class OpenedModel:
                 device=self._options.device,
                 progress=progress,
             )
-        elif self._encoder.part.manifest != part.manifest:
+        elif self._encoder.part.identity != part.identity:
             raise MismatchError(
                 f"part {part.name!r} is another one than when the session was opened: it was removed, and built anew. "
                 "Open a session of it"

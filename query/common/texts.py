@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ghoststore.corpus import Corpus, Position, ResolvedFields, source_name
 from ghoststore.corpus.joined import JoinedCorpora
-from ghoststore.errors import CorruptError, MismatchError, UsageError
+from ghoststore.errors import CorruptError, MismatchError, StorageError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.settings.shared import Data
 from ghoststore.store import Part, Run
@@ -49,7 +49,8 @@ def texts_of(source: Part | Run, rows: Sequence[int], progress: Progress, data: 
             sample = samples.get(place.source_row)
             same = sample is not None and sample.digest() == int(digest)
             texts.append(sample.preview() if sample is not None and same else None)
-    except (UsageError, CorruptError, MismatchError) as error:  # only the corpus can fail here: the store has been read
+    except (UsageError, CorruptError, MismatchError, StorageError) as error:
+        # Only the corpus can fail here: the store has been read.
         progress.note(f"texts are not shown: {error}")
         return [None] * len(rows)
     changed = sum(text is None for text in texts)

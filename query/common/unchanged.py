@@ -10,6 +10,7 @@ from itertools import islice
 
 from ghoststore.corpus import Corpus, Position, Sample, SampleScan
 from ghoststore.corpus.joined import JoinedCorpora
+from ghoststore.corpus.scan import Fingerprint
 from ghoststore.errors import MismatchError
 from ghoststore.progress import Progress, counted
 from ghoststore.store import Part, Run
@@ -69,7 +70,7 @@ def read_unchanged(corpus: Corpus, source: Part | Run, progress: Progress, *, gr
     stored = source.manifest["corpus"]
     samples = islice(corpus.samples(), stored.get("skip_samples", 0), None)
     most = stored["samples"] if grown else stored.get("max_samples", stored["samples"])
-    sample_scan = SampleScan(samples, max_rows=most)
+    sample_scan = SampleScan(samples, max_rows=most, link=Fingerprint.link_of(stored["fingerprint"]))
     with closing(progress.task("reading the corpus", stored["samples"], unit="samples")) as task:
         yield from counted(sample_scan, task)
     scan = sample_scan.finish()

@@ -23,7 +23,6 @@ from ghoststore.errors import GhostStoreError, StorageError, UsageError
 from ghoststore.progress import Task
 from ghoststore.store import Part, Store
 from ghoststore.store.base.object_path import ObjectPath
-from ghoststore.store.base.records import json_digest
 from ghoststore.store.part.united import UnitedPart
 from ghoststore.store.spans.reader import WarmChunks
 from query.search.part_score import Metric, Term
@@ -88,12 +87,12 @@ class Searcher:
 
     def _part(self, name: str, identity: str) -> Part:
         part = self._parts.get(name)
-        if part is None or json_digest(part.manifest) != identity:
+        if part is None or part.open or part.identity != identity:
             try:
                 part = Store.open(self._store).part(name)
             except UsageError as error:
                 raise self._another(str(error)) from error
-            if json_digest(part.manifest) != identity:
+            if part.identity != identity:
                 raise self._another(f"part {name!r} is another one there")
             self._parts[name] = part
         return part
@@ -181,7 +180,7 @@ def _asked(
         "key": uuid.uuid4().hex,
         "terms": [
             {
-                "members": [(member.name, json_digest(member.manifest)) for member in term.part.members],
+                "members": [(member.name, member.identity) for member in term.part.members],
                 "queries": term.queries_QD.numpy(),
                 "metric": term.metric,
                 "weight": term.weight,

@@ -58,9 +58,8 @@ def named_parts(store: str | Path, names: str | Sequence[str] | None, progress: 
                 f"part {part.name!r} has no committed rows yet; the build that makes it has not got that far"
             )
         if not part.complete:
-            progress.note(
-                f"part {part.name!r} is not complete: {part.rows:,} of {part.layout.rows:,} rows are searched"
-            )
+            whole = "of a stream whose end was not seen yet" if part.open else f"of {part.layout.rows:,}"
+            progress.note(f"part {part.name!r} is not complete: {part.rows:,} rows {whole} are searched")
     return united(parts)
 
 

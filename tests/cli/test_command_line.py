@@ -220,8 +220,10 @@ def test_tables_are_on_stdout(lab: Lab, built: Path) -> None:
 
 
 @pytest.mark.thin(1)
-@pytest.mark.parametrize("exists", [True, False])
-@pytest.mark.parametrize("options", [[], ["--proj-dtype", "float16", "--span-rows", "10"], ["--proj-rank-total", "16"]])
+@pytest.mark.parametrize(
+    ("options", "exists"),
+    [([], True), (["--proj-dtype", "float16", "--span-rows", "10"], False), (["--proj-rank-total", "16"], True)],
+)
 def test_a_dry_run_says_what_would_be_and_writes_nothing(
     lab: Lab, tmp_path: Path, options: list[str], exists: bool
 ) -> None:

@@ -68,32 +68,40 @@ def named(folder: Path) -> dict[str, bytes]:
 
 
 def struck(lab: Lab, name: str, places: dict[str, str], folder: Path, **fault: Any) -> Iterator[tuple[Path, Outcome]]:
-    """Runs with a fault at the first, the second, … call of an order, until there are no more."""
+    """Runs with a fault before the first, the second, … call of an order, until there are no more; if it is a kill,
+    then one after the last: after each other one is before the next.
+    """
+
+    def at(number: int, when: str) -> tuple[Path, Outcome]:
+        place = folder / f"{fault['call']}-{when}-{number}"
+        path = rf"{re.escape(str(place))}|^\.?a|^\.$|^\.b"
+        return place, run(lab, name, places, place, fault=fault | {"path": path, "number": number, "when": when})
+
     for number in count(1):
-        place = folder / f"{fault['call']}-{fault.get('when')}-{number}"
-        fault |= {"path": rf"{re.escape(str(place))}|^\.?a|^\.$|^\.b", "number": number}
-        outcome = run(lab, name, places, place, fault=fault)
+        place, outcome = at(number, "before")
         if outcome.code == 0:
-            assert number > 1, "the fault was never reached"
-            return
+            break
         yield place, outcome
+    assert number > 1, "the fault was never reached"
+    if fault["act"] == "kill":
+        yield at(number - 1, "after")
 
 
 FAST_REFUSALS = [("query-csv", "fsync")]
-KILLS = [*((name, "name", when) for name in COMMANDS for when in ("before", "after")), ("select", "fsync", "before")]
-REFUSALS = [*((name, "name") for name in COMMANDS), ("query-csv", "fsync"), ("select", "fsync")]
+KILLS = [*((name, "name") for name in COMMANDS), ("select", "fsync")]
+REFUSALS = [*KILLS, ("query-csv", "fsync")]
 
 
 @pytest.mark.kill
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "call", "when"), KILLS)
-def test_killed_anywhere(lab: Lab, places: dict[str, str], tmp_path: Path, name: str, call: str, when: str) -> None:
+@pytest.mark.parametrize(("name", "call"), KILLS)
+def test_killed_anywhere(lab: Lab, places: dict[str, str], tmp_path: Path, name: str, call: str) -> None:
     """What has a name is whole, and all of it where the last one is there; the same command then works."""
     assert run(lab, name, places, tmp_path / "whole").code == 0
     expected = named(tmp_path / "whole")
     last = COMMANDS[name][1][-1]
     assert {path.split("/")[0] for path in expected} == set(COMMANDS[name][1])
-    for folder, outcome in struck(lab, name, places, tmp_path, call=call, when=when, act="kill"):
+    for folder, outcome in struck(lab, name, places, tmp_path, call=call, act="kill"):
         assert outcome.code == -9, outcome.err
         left = named(folder)
         assert left.items() <= expected.items()
@@ -114,7 +122,7 @@ def test_killed_anywhere(lab: Lab, places: dict[str, str], tmp_path: Path, name:
 def test_refused_anywhere(lab: Lab, places: dict[str, str], tmp_path: Path, name: str, call: str) -> None:
     """A full disk is one sentence and exit code 6, and leaves nothing at all."""
     act = "ENOSPC" if call == "name" else "EIO"
-    for folder, outcome in struck(lab, name, places, tmp_path, call=call, when="before", act=act):
+    for folder, outcome in struck(lab, name, places, tmp_path, call=call, act=act):
         assert outcome.code == 6, outcome.err
         *notes, error = outcome.err.splitlines()
         assert error.startswith(("Error: cannot write a", "Error: cannot write b.json"))

@@ -119,6 +119,35 @@ def test_a_file_is_asked(page: Any, explorer: ghoststore.Explorer, tmp_path: Pat
     assert page.locator(".hit .id").all_text_contents() == [hit.id for hit in answer]
 
 
+def test_a_file_is_dropped(page: Any, explorer: ghoststore.Explorer) -> None:
+    page.goto(explorer.url)
+    page.wait_for_selector("#view-ask:not([hidden])")
+    page.evaluate(
+        """() => {
+            const held = new DataTransfer();
+            held.items.add(new File(['{"text": "a river"}'], "val.jsonl"));
+            const dropped = new DragEvent("drop", { dataTransfer: held, bubbles: true, cancelable: true });
+            document.getElementById("text").dispatchEvent(dropped);
+        }"""
+    )
+    page.get_by_role("button", name="Rank").click()
+    page.wait_for_selector(".hit")
+    assert '{"text": "a river"}' in page.locator("#answer .again pre").text_content()
+    assert page.locator("input[name=kind][value=file]").is_checked()
+
+
+def test_a_file_that_is_too_large_is_refused(page: Any, explorer: ghoststore.Explorer, tmp_path: Path) -> None:
+    """The page says why, and does not take the server for lost."""
+    file = tmp_path / "val.txt"
+    file.write_text("the old dog\n" * 800_000)
+    page.goto(explorer.url)
+    page.get_by_label("File", exact=True).check()
+    page.locator("#file").set_input_files(file)
+    page.get_by_role("button", name="Rank").click()
+    page.get_by_text("a request holds at most 8 MiB").wait_for()
+    assert page.locator("#lost").is_hidden()
+
+
 @pytest.mark.parametrize("width", [390, 1024, 2000])
 def test_nothing_is_wider_than_the_window(page: Any, explorer: ghoststore.Explorer, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 800})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -89,6 +91,8 @@ def test_where_a_sample_was_trained_on(page: Any, explorer: ghoststore.Explorer)
     assert steps == [str(visit["step"]) for visit in history]
     drawn = [visit for visit in history if visit["cumulative"] is not None]
     assert trained.locator(".dot").count() == len(drawn)
+    colours = trained.evaluate("e => ['.dot', '.worth'].map(name => getComputedStyle(e.querySelector(name)).stroke)")
+    assert colours[0] == colours[1] != "none"
     at(page, explorer, "sample/part/13")
     section(page, "Trained on").get_by_text("has no sample with the id").wait_for()
     assert section(page, "Nearest rows").count() == 0, "a row without a vector"
@@ -139,6 +143,51 @@ def test_a_ranking_is_exported_as_select_writes_it(page: Any, explorer: ghoststo
     page.get_by_role("button", name="Choose and download").click()
     made.locator(".problem").wait_for()
     assert page.said == ["Failed to load resource: the server responded with a status of 400 (Bad Request)"]
+
+
+def test_quotas_of_ones_own_diversity_and_a_card(
+    page: Any, browser: Any, explorer: ghoststore.Explorer, tmp_path: Path
+) -> None:
+    """As `select` writes them; the command line and the link say the same again."""
+    rank(page, explorer)
+    made = section(page, "Rows to train on")
+    assert page.get_by_label("Weight of diversity").is_hidden()
+    page.get_by_label("How much").select_option("count")
+    page.get_by_label("Number").fill("5")
+    page.get_by_label("Diversity", exact=True).select_option("mmr")
+    assert page.get_by_label("Weight of diversity").input_value() == "0.5"
+    page.get_by_label("Weight of diversity").fill("0.3")
+    page.get_by_label("By domain").select_option("own")
+    page.get_by_role("button", name="Choose and download").click()
+    made.get_by_text("There is no quota yet").wait_for()
+    labels = made.locator("fieldset label").all_text_contents()
+    assert labels == ghoststore.info(store_of(explorer)).parts[0].manifest["corpus"]["domains"]
+    assert set(HOSTILE) < set(labels)
+    page.get_by_label("sky", exact=True).fill("0.4")
+    page.get_by_label(HOSTILE[0], exact=True).fill("1")
+    page.get_by_label("With a dataset card").check()
+    rows = downloaded(page)
+    quotas = {HOSTILE[0]: 1, "sky": 0.4}
+    wanted: dict[str, Any] = {"val_set": [{"text": TEXT}], "count": 5, "diversity": "mmr", "diversity_weight": 0.3}
+    report = ghoststore.select(store=store_of(explorer), **wanted, quotas=quotas, out=tmp_path / "chosen.jsonl")
+    assert rows == (tmp_path / "chosen.jsonl").read_bytes()
+    assert {of.domain: of.chosen for of in report.domains}[HOSTILE[0]] == 1
+    assert b"## By domain" in downloaded(page, "README.md")
+    command = made.locator("pre").text_content().replace("| ghoststore ", f"| {sys.executable} -m ghoststore ")
+    (tmp_path / "again").mkdir()
+    subprocess.run(["bash", "-c", command], cwd=tmp_path / "again", check=True, capture_output=True)
+    assert (tmp_path / "again/chosen.jsonl").read_bytes() == rows
+    link = page.evaluate("import('/static/api.js').then((api) => api.link())")
+    with new_page(browser) as again:
+        again.goto(link)
+        again.wait_for_selector(".hit")
+        assert again.get_by_label("sky", exact=True).input_value() == "0.4"
+        assert again.get_by_label("With a dataset card").is_checked()
+        assert downloaded(again) == rows
+    page.get_by_role("button", name="Rank", exact=True).click()  # another question keeps the choice
+    page.wait_for_selector("#answer[aria-busy=false] .hit")
+    assert page.get_by_label("Weight of diversity").input_value() == "0.3"
+    assert page.said == []
 
 
 def test_rows_are_picked_by_hand_in_every_view(
@@ -194,7 +243,20 @@ def test_keys_reach_everything_in_order(page: Any, explorer: ghoststore.Explorer
         page.keyboard.press("Tab")
     names = [name for name, _, _ in seen]
     assert names[-1] == "BUTTON"
-    order = ["skip", "nav-ask", "text", "part", "where", "tokens", "words", "go", "pick", "take-by", "take-form"]
+    order = [
+        "skip",
+        "nav-ask",
+        "text",
+        "part",
+        "where",
+        "tokens",
+        "words",
+        "go",
+        "pick",
+        "take-by",
+        "take-diversity",
+        "take-form",
+    ]
     places = [names.index(name) for name in order]
     assert places == sorted(places)
     assert [name for name, visible, _ in seen if not visible] == []

@@ -111,7 +111,7 @@ def test_a_training_appears_while_it_is_watched(page: Any, lab: Lab, tmp_path: P
             *("train", "--checkpoint", lab.checkpoint, "--data", lab.corpus, "--val-set", lab.corpus, "--store", store),
             *("--output-dir", tmp_path / "out", "--name", "live", "--max-steps", "60", "--batch-size", "4", "--quiet"),
         )
-        page.get_by_role("link", name="live").click()
+        page.get_by_role("link", name="live").click(timeout=120_000)
         page.locator(".badge.finished").wait_for(timeout=120_000)
         page.get_by_text("60 of 60").wait_for()
         outcome = lab.wait(pid)
@@ -220,7 +220,7 @@ def test_a_store_is_chosen(page: Any, lab: Lab, store: Path, built: Path) -> Non
         page.locator("#text").fill("the old dog")
         page.get_by_role("button", name="Rank").click()
         page.locator(".hit").first.wait_for()
-        assert f"--store {built}" in page.locator(".again pre").text_content()
+        assert f"--store {built}" in page.locator("#answer .again pre").text_content()
         page.reload()
         page.locator(".hit").first.wait_for()
         assert page.said == []
@@ -320,3 +320,5 @@ def test_nothing_is_wider_than_the_window(browser: Any, explorer: ghoststore.Exp
         ):
             opened(page, explorer, fragment, wait_for)
             assert page.evaluate("document.documentElement.scrollWidth") == width, fragment
+            wider = "[...document.querySelectorAll('.stacks')].some(e => e.scrollWidth > e.clientWidth)"
+            assert not page.evaluate(wider), fragment

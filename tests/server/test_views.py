@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 pytest.importorskip("starlette", reason="the explorer needs starlette")
 pytest.importorskip("uvicorn", reason="the explorer needs uvicorn")
 
-from ghoststore.server.choosing import OFFERED
+from ghoststore.server.choosing import OFFERED, OWN
+from ghoststore.settings.question import parse_quota
 
 VAL = [{"text": "the old dog runs"}]
 LONG = "one two three four five six seven eight nine ten"
@@ -65,7 +66,9 @@ CHOICES: list[dict[str, Any]] = [
     {"count": 6, "quotas": "equal"},
     {"count": 6, "quotas": {"sky": 2, "earth": 0.5}},
     {"token_budget": 60, "quotas": "proportional", "leaks": "keep"},
+    {"count": 6, "quota": ["sky=1", "earth=0.5"]},
     {"count": 4, "diversity": "mmr", "phrase": "8:11"},
+    {"count": 4, "diversity": "greats", "diversity_weight": 0.5, "candidates": 9},
     {"fraction": 0.2, "form": "parquet"},
 ]
 
@@ -76,6 +79,8 @@ def test_files_are_those_that_select_writes(
 ) -> None:
     answer = ask(explorer, "select", {"val_set": VAL, **options})
     wanted = dict(options)
+    if "quota" in wanted:
+        wanted["quotas"] = dict(parse_quota(word) for word in wanted.pop("quota"))
     name = f"chosen.{wanted.pop('form', 'jsonl')}"
     report = ghoststore.select(store=store, val_set=VAL, out=tmp_path / name, **wanted)
     files = {file["name"]: base64.b64decode(file["base64"]) for file in answer["files"]}
@@ -91,12 +96,30 @@ def test_files_are_those_that_select_writes(
     assert str(tmp_path.parent) not in json.dumps(answer["report"]["rows_file"])
 
 
+def test_the_dataset_card(
+    explorer: ghoststore.Explorer, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is that of `select` in the folder of the rows: of the server's own folder it says nothing."""
+    options: dict[str, Any] = {"count": 5, "quotas": {"sky": 0.5}, "diversity": "mmr", "card": True}
+    answer = ask(explorer, "select", {"val_set": VAL, **options})
+    monkeypatch.chdir(tmp_path)
+    report = ghoststore.select(store=store, val_set=VAL, out="chosen.jsonl", **options)
+    assert report.card == "README.md"
+    files = {file["name"]: base64.b64decode(file["base64"]) for file in answer["files"]}
+    assert files == {name: (tmp_path / name).read_bytes() for name in files}
+    assert list(files) == ["chosen.jsonl", "chosen.jsonl.report.rows.jsonl", "README.md"]
+    assert answer["report"]["card"] == "README.md"
+    assert b" --out chosen.jsonl " in files["README.md"]
+
+
 def test_rows_by_hand_and_the_command_line(explorer: ghoststore.Explorer, tmp_path: Path) -> None:
     answer = ask(explorer, "select", {"val_set": VAL, "source_rows": [7, 3, 21, 7]})
     rows, entries = (base64.b64decode(file["base64"]).decode().splitlines() for file in answer["files"])
     assert [json.loads(line)["note"] for line in rows] == ["é 3", "é 7", "é 21"]
     assert [json.loads(line)["source_row"] for line in entries] == [3, 7, 21]
-    for options in ({"source_rows": [7, 3, 21]}, {"count": 5, "quotas": {"sky": 2}}):
+    choices: list[dict[str, Any]] = [{"source_rows": [7, 3, 21]}]
+    choices.append({"count": 5, "quota": ["sky=1.0", "odd=0"], "diversity": "facility-location"})
+    for options in choices:
         answer = ask(explorer, "select", {"val_set": VAL, **options})
         command = answer["explorer"]["command"].replace("| ghoststore ", f"| {sys.executable} -m ghoststore ")
         folder = tmp_path / str(len(options))
@@ -109,7 +132,12 @@ def test_rows_by_hand_and_the_command_line(explorer: ghoststore.Explorer, tmp_pa
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"count": 3, "out": "/tmp/x"}, "no keyword 'out'"),
     ({"count": 3, "report": "/tmp/x.json"}, "no keyword 'report'"),
-    ({"count": 3, "card": True}, "no keyword 'card'"),
+    ({"count": 3, "quota": "sky=2"}, '`quota` is a list such as ["code=0.3", "sky=100"]'),
+    ({"count": 3, "quota": ["sky"]}, "`quota`: 'sky': expected DOMAIN=SHARE or DOMAIN=SAMPLES"),
+    ({"count": 3, "quota": ["sky=1", "sky=2"]}, "`quota`: 'sky' has two quotas"),
+    ({"count": 3, "quota": ["sky=1"], "quotas": "equal"}, "`quota` names domains, `quotas` takes them all"),
+    ({"token_budget": 90, "quota": ["sky=1"]}, "is a number of samples: with `token_budget` give a share"),
+    ({"source_rows": [1], "quota": ["sky=1"]}, "so does `quotas`"),
     ({"count": 3, "data": "/etc/passwd"}, "no keyword 'data'"),
     ({"count": 3, "val_set": "/etc/passwd"}, "is a list of texts"),
     ({"count": 3, "form": "../x"}, "`form` is one of jsonl, parquet"),
@@ -138,9 +166,13 @@ def test_the_model_is_loaded_again_after_choosing(explorer: ghoststore.Explorer)
     assert ask(explorer, "query", question)["results"] == before
 
 
-def test_near_duplicates(explorer: ghoststore.Explorer) -> None:
+def test_near_duplicates(explorer: ghoststore.Explorer, tmp_path: Path) -> None:
     found = ask(explorer, "sample/part/20/duplicates")
     assert found["rows"] == [{"id": "odd 1", "source_row": 21, "overlap": 1.0}]
+    line = found["command"].replace("| ghoststore ", f"| {sys.executable} -m ghoststore ")
+    subprocess.run(["bash", "-c", line], cwd=tmp_path, check=True, capture_output=True)
+    report = json.loads((tmp_path / "nearest.jsonl.report.json").read_text())
+    assert {leak["source_row"]: leak["overlap"] for leak in report["leaks"]["rows"]} == {20: 1.0, 21: 1.0}
     assert ask(explorer, "sample/part/21/duplicates")["rows"] == [{"id": "odd 0", "source_row": 20, "overlap": 0.75}]
     assert ask(explorer, "sample/part/22/duplicates")["found"] == 0
     assert ask(explorer, "sample/part/900/duplicates") == (404, "part 'part' has no row of the corpus's row 900")
@@ -201,5 +233,5 @@ def test_the_document_names_them(explorer: ghoststore.Explorer) -> None:
     with urlopen(request) as answer:
         paths = json.load(answer)["paths"]
     schema = paths["/api/select"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert set(schema["properties"]) == {*OFFERED, "source_rows", "form"}
+    assert set(schema["properties"]) == {*OFFERED, *OWN}
     assert {"/api/sample/{part}/{row}/runs", "/api/sample/{part}/{row}/duplicates"} < set(paths)

@@ -19,15 +19,15 @@ HOSTILE = [
 
 
 @contextmanager
-def chromium() -> Iterator[Any]:
-    """A browser; the test is skipped where there is none."""
+def chromium(*options: str) -> Iterator[Any]:
+    """A browser, with ``options`` of its command line; the test is skipped where there is none."""
     for name in ("starlette", "uvicorn"):
         pytest.importorskip(name, reason=f"the explorer needs {name}")
     playwright = pytest.importorskip("playwright.sync_api", reason="the page is driven by Playwright")
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *options])
         yield browser
         browser.close()
 

@@ -10,12 +10,16 @@ import gzip
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, cast
 
 import zstandard
 
-from ghoststore.errors import CorpusError
+from ghoststore.errors import CorpusError, StorageError
+from ghoststore.store.base.object_path import ObjectPath
+from ghoststore.store.base.object_ranges import RangedFile
+from ghoststore.store.base.opening import open_regular
 
 KeyedRow: TypeAlias = tuple[int, object]
 
@@ -79,9 +83,14 @@ class NumberedForm:
         return row_place(path, key)
 
 
+def open_file(path: Path) -> FileIO:
+    """A file of a corpus, on a disk (see `open_regular`) or in object storage, where it is read by ranges."""
+    return cast(FileIO, RangedFile(path)) if isinstance(path, ObjectPath) else open_regular(path)
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn any error of reading a file into a CorpusError that names the file."""
+    """Turn errors of reading a file into a CorpusError that names the file."""
     try:
         yield
     except zstandard.ZstdError as error:
@@ -93,5 +102,7 @@ def reading(path: Path) -> Iterator[None]:
         raise CorpusError(f"{path}: damaged or cut short: {error}") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise CorpusError(f"{path}: damaged or cut short: {error}") from error
+    except StorageError:  # an object store that does not answer says nothing about the file
+        raise
     except OSError as error:
         raise CorpusError(f"{path}: cannot be read: {error}") from error

@@ -9,8 +9,8 @@ from typing import IO, Any
 
 import zstandard
 
+from ghoststore.corpus.formats.base import open_file
 from ghoststore.errors import CorpusError
-from ghoststore.store.base.opening import open_regular
 
 BUFFER = 1 << 17
 PIECE = 1 << 10
@@ -80,7 +80,7 @@ def open_bytes(path: Path, largest: int | None = None) -> io.BufferedReader:
 
     ``largest`` is the most bytes of a record (None: no limit). A zstd file may have a window of that size.
     """
-    source = open_regular(path)
+    source = open_file(path)
     match path.suffix.lower():
         case ".gz":
             return io.BufferedReader(GzipReader(source), BUFFER)

@@ -64,8 +64,10 @@ def table_rows(lines: Lines) -> Iterator[KeyedRow]:
 
 def _header(lines: Lines) -> list[str]:
     """The first record of the file that ``lines`` are of."""
-    with lines.form.open(lines.path) as stream:
-        return next(records(Lines(lines.path, stream, lines.form)), (0, []))[1]
+    if lines.header is None:
+        with lines.form.open(lines.path) as stream:
+            lines.header = next(records(Lines(lines.path, stream, lines.form)), (0, []))[1]
+    return lines.header
 
 
 def other_delimiter(header: list[str], used: str | None) -> str:

@@ -32,8 +32,26 @@ def open_utf8(path: Path, largest: int | None = None, encoding: str | None = Non
     CorpusError for bytes that are not of the encoding, and for a mark that is of another one. OSError if it is not a
     regular file.
     """
-    with open_bytes(path, largest) as stream:
+    stream = open_bytes(path, largest)
+    try:
+        head = stream.peek(4)[:4]
+    except BaseException:
+        stream.close()
+        raise
+    if len(head) < 4:  # there may be more behind it: peek reads once
         head = stream.read(4)
+        stream.close()
+        stream = open_bytes(path, largest)
+    try:
+        used = _encoding(path, head, encoding)
+    except CorpusError:
+        stream.close()
+        raise
+    return stream if used in ("utf-8", "utf-8-sig") else io.BufferedReader(_Decoding(path, stream, used), BUFFER)
+
+
+def _encoding(path: Path, head: bytes, encoding: str | None) -> str:
+    """The encoding of a file that begins with the bytes ``head``, where ``encoding`` is given. CorpusError as above."""
     marked = next((name for mark, name in MARKS if head.startswith(mark)), None)
     if encoding is None and marked is None and len(head) == 4 and (of := _ZEROS.get(bytes(map(bool, head)))):
         raise CorpusError(
@@ -46,8 +64,7 @@ def open_utf8(path: Path, largest: int | None = None, encoding: str | None = Non
             f"{path}: its byte order mark is that of {marked.upper()}, and `fields.encoding` says {encoding!r}: leave "
             "it out, files with such a mark are read by it"
         )
-    stream = open_bytes(path, largest)
-    return stream if used in ("utf-8", "utf-8-sig") else io.BufferedReader(_Decoding(path, stream, used), BUFFER)
+    return used
 
 
 class _Decoding(io.RawIOBase):

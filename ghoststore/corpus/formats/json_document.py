@@ -22,6 +22,7 @@ from ghoststore.corpus.formats.encoded import open_utf8
 from ghoststore.corpus.formats.json_text import DEEPEST, loads, why_invalid
 from ghoststore.corpus.formats.text import BOM, PACKINGS, line_of
 from ghoststore.errors import CorpusError
+from ghoststore.store.base.object_ranges import expecting
 
 DATA = "data"
 """The key of the array of rows in a document that is an object."""
@@ -216,7 +217,9 @@ class JsonForm:
     def records(self, path: Path, keys: Sequence[int]) -> Iterator[tuple[int, object, bytes]]:
         """(key, row, bytes of the row) at each of ``keys``, as in `pick`."""
         with reading(path), ExitStack() as stack:
-            scanner = Scanner(path, stack.enter_context(self.open(path)), self)
+            stream = stack.enter_context(self.open(path))
+            expecting(stream, keys, BUFFER)
+            scanner = Scanner(path, stream, self)
             for key in keys:
                 if scanner.offset > key:  # the file has changed: a longer row reaches past the next key
                     scanner = Scanner(path, stack.enter_context(self.open(path)), self)

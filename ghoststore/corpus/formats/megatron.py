@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.corpus.content import Tokenized
-from ghoststore.corpus.formats.base import KeyedRow, NumberedForm, reading, row_place
+from ghoststore.corpus.formats.base import KeyedRow, NumberedForm, open_file, reading, row_place
 from ghoststore.corpus.formats.compressed import too_large
 from ghoststore.errors import CorpusError
-from ghoststore.store.base.opening import open_regular
 
 MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<QBQQ")
@@ -72,9 +72,10 @@ class _Files:
     def __init__(self, path: Path, largest: int | None) -> None:
         self._path, self._index_path, self._largest = path, path.with_suffix(".idx"), largest
         with reading(self._index_path):
-            self._index = open_regular(self._index_path)
+            # Each table has a file of its own, which is read on: from object storage that takes few requests.
+            self._index, self._of_lengths, self._of_places = (open_file(self._index_path) for _ in range(3))
         with reading(path):
-            self._ids = open_regular(path)
+            self._ids = open_file(path)
         self._bytes = self._ids.seek(0, 2)
         size = self._index.seek(0, 2)
         head = self._read_index(0, len(MAGIC) + _HEADER.size)
@@ -102,8 +103,8 @@ class _Files:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._index.close()
-        self._ids.close()
+        for file in (self._index, self._of_lengths, self._of_places, self._ids):
+            file.close()
 
     def read(self, documents: range) -> Iterator[KeyedRow]:
         """(number, row) of each of some documents that stand one after another."""
@@ -111,8 +112,8 @@ class _Files:
         if (np.diff(firsts) < 0).any() or firsts[0] < 0 or firsts[-1] > self._sequences:
             raise self._damaged("its documents are not in order")
         for document, begin, end in zip(documents, firsts[:-1].tolist(), firsts[1:].tolist(), strict=True):
-            lengths = self._entries(self._lengths, "<i4", begin, end - begin).astype(np.int64)
-            places = self._entries(self._places, "<i8", begin, end - begin)
+            lengths = self._entries(self._lengths, "<i4", begin, end - begin, self._of_lengths).astype(np.int64)
+            places = self._entries(self._places, "<i8", begin, end - begin, self._of_places)
             sizes = lengths * self._dtype.itemsize
             if (lengths < 0).any() or (places < 0).any() or (places > self._bytes - sizes).any():
                 raise self._damaged(
@@ -133,17 +134,18 @@ class _Files:
         self._ids.seek(place)
         return np.frombuffer(self._ids.read(size) or b"", self._dtype)
 
-    def _entries(self, begin: int, dtype: str, first: int, count: int) -> NDArray[Any]:
+    def _entries(self, begin: int, dtype: str, first: int, count: int, file: FileIO | None = None) -> NDArray[Any]:
         """``count`` numbers of a table of the index, from its entry ``first`` on."""
         size = np.dtype(dtype).itemsize
         if self._largest is not None and count * size > max(self._largest, 8 * (AT_ONCE + 1)):
             raise self._damaged(f"a document of {count:,} sequences")
-        return np.frombuffer(self._read_index(begin + first * size, count * size), dtype)
+        return np.frombuffer(self._read_index(begin + first * size, count * size, file), dtype)
 
-    def _read_index(self, place: int, size: int) -> bytes:
+    def _read_index(self, place: int, size: int, file: FileIO | None = None) -> bytes:
+        file = file or self._index
         with reading(self._index_path):
-            self._index.seek(place)
-            return self._index.read(size) or b""
+            file.seek(place)
+            return file.read(size) or b""
 
     def _damaged(self, why: str) -> CorpusError:
         return CorpusError(f"{self._index_path}: damaged: {why}")

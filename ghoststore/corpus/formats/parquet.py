@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ghoststore.corpus.formats.arrow import ROWS_PER_BATCH, batch_rows, reading_arrow, wanted
-from ghoststore.corpus.formats.base import KeyedRow, NumberedForm
+from ghoststore.corpus.formats.base import KeyedRow, NumberedForm, open_file
 from ghoststore.errors import CorpusError
 from ghoststore.settings.fields import LARGEST_RECORD
-from ghoststore.store.base.opening import open_regular
+from ghoststore.store.base.object_path import ObjectPath
 
 AT_ONCE = 64 << 20
 """Approximate bytes of rows in memory at once."""
@@ -119,7 +119,7 @@ def _dictionary_bytes(path: Path, column: Any) -> int:
     """
     if column.dictionary_page_offset is None:
         return 0
-    with open_regular(path) as file:
+    with open_file(path) as file:
         file.seek(min(column.dictionary_page_offset, column.data_page_offset))
         data = file.read(_FIRST_PAGE)
     kind, size = _thrift_numbers(data, 2) or (0, 0)  # what is no header, whoever reads the page will say
@@ -148,9 +148,10 @@ def parquet_file(path: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
     # Pages are read when needed. A row group at once could be the whole file.
+    buffer = AT_ONCE >> (3 if isinstance(path, ObjectPath) else 6)  # each is a request there
     with (
         reading_arrow(path),
-        open_regular(path) as source,
-        pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=AT_ONCE >> 6) as file,
+        open_file(path) as source,
+        pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=buffer) as file,
     ):
         yield file

@@ -15,6 +15,7 @@ from ghoststore.corpus.formats.compressed import BUFFER, too_large
 from ghoststore.corpus.formats.encoded import open_utf8
 from ghoststore.corpus.formats.json_text import loads, not_utf8, why_invalid
 from ghoststore.errors import CorpusError
+from ghoststore.store.base.object_ranges import expecting
 
 BOM = b"\xef\xbb\xbf"
 PACKINGS = ("", ".gz", ".zst")
@@ -31,6 +32,8 @@ class Lines:
         self.path = path
         self.form = form
         self.offset = 0
+        self.header: list[str] | None = None
+        """The cells of the first record of a table, once they are read."""
         self._stream = stream
 
     def move_to(self, offset: int) -> None:
@@ -168,10 +171,10 @@ class TextForm:
         ending, if any.
         """
         with reading(path), ExitStack() as stack:
-            lines = self._recorded(path, stack)
-            for key in keys:
+            lines = self._recorded(path, stack, keys)
+            for place, key in enumerate(keys):
                 if lines.offset > key:  # the file has changed: a longer record reaches past the next key
-                    lines = self._recorded(path, stack)
+                    lines = self._recorded(path, stack, keys[place:])
                 lines.move_to(key)
                 lines.recorded.clear()
                 try:
@@ -181,8 +184,10 @@ class TextForm:
                 if parsed is not None:
                     yield key, parsed[1], b"".join(lines.recorded)
 
-    def _recorded(self, path: Path, stack: ExitStack) -> RecordedLines:
-        return RecordedLines(path, stack.enter_context(self.open(path)), self)
+    def _recorded(self, path: Path, stack: ExitStack, keys: Sequence[int]) -> RecordedLines:
+        stream = stack.enter_context(self.open(path))
+        expecting(stream, keys)
+        return RecordedLines(path, stream, self)
 
     def header(self, path: Path) -> bytes:
         """The bytes before the first record, without a BOM: the header of a CSV file, else nothing."""

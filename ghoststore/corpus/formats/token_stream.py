@@ -18,11 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.corpus.content import Tokenized
-from ghoststore.corpus.formats.base import KeyedRow, NumberedForm, reading
+from ghoststore.corpus.formats.base import KeyedRow, NumberedForm, open_file, reading
 from ghoststore.corpus.formats.compressed import too_large
 from ghoststore.corpus.formats.megatron import NAMELESS
 from ghoststore.errors import CorpusError, UsageError
-from ghoststore.store.base.opening import open_regular
 
 AT_ONCE = 1 << 19
 """Ids in memory at once, beside those of a document that is longer."""
@@ -121,7 +120,7 @@ class _Stream:
     def __init__(self, path: Path, form: TokenStreamForm) -> None:
         self.path = path
         with reading(path):
-            self._file = open_regular(path)
+            self._file = open_file(path)
             size = self._file.seek(0, 2)
             self._file.seek(0)
             head = self._file.read(_HEADER) or b""

@@ -5,7 +5,7 @@ import { openAsk } from "./ask.js";
 import { byId, make, problem } from "./dom.js";
 import { leaveRuns, runsProblem, showRuns } from "./runs.js";
 import { showSample } from "./sample.js";
-import { leaveStore, showStore } from "./store.js";
+import { leaveStore, showStore, storeProblem } from "./store.js";
 
 const TITLES = { ask: "Ask", runs: "Runs", store: "Store", sample: "Sample" };
 const VIEWS = Object.keys(TITLES);
@@ -66,7 +66,8 @@ async function route() {
     if (signal.aborted) return;
     reveal();
     if (view === "runs") runsProblem(error);
-    else byId({ ask: "answer", store: "store", sample: "sample" }[view]).replaceChildren(problem(error));
+    else if (view === "store") storeProblem(error, byId("store-name").textContent);
+    else byId({ ask: "answer", sample: "sample" }[view]).replaceChildren(problem(error));
   }
 }
 

@@ -1,11 +1,13 @@
 // The Ask page: a form, whose state is the fragment of the address, and the ranking that answers it.
 
-import { link, request } from "./api.js";
+import { again } from "./again.js";
+import { request } from "./api.js";
 import { charts } from "./charts.js";
-import { busy, byId, copyButton, make, problem, whole } from "./dom.js";
+import { busy, byId, make, problem, whole } from "./dom.js";
 import { basket, picksOf, takePicks } from "./basket.js";
-import { byWords, chooseDomain, fill, form, kind, question, state } from "./form.js";
+import { byWords, chooseDomain, domains, fill, form, kind, question, state } from "./form.js";
 import { inWords, ranking } from "./hits.js";
+import { KEYS } from "./taking.js";
 import { legend } from "./tokens.js";
 
 const answer = byId("answer");
@@ -70,12 +72,8 @@ function show(result, words, asked) {
     ...explorer.notes.map((note) => make("p", { class: "about" }, `Note: ${note}`)),
     settings.tokens ? legend() : "",
     make("div", { class: words ? "both two" : "both" }, make("section", { "aria-label": "Ranked by gradients" }, ...blocks), words),
-    make("section", { class: "card again", "aria-label": "The same again" },
-      make("h2", {}, "The same from a shell"),
-      make("pre", { tabindex: "0" }, explorer.command),
-      make("p", { class: "actions" }, copyButton("Copy command", () => explorer.command), copyButton("Copy link to this view", link)),
-      fileNote),
-    basket(asked, settings),
+    again([explorer.command], fileNote),
+    basket(asked, settings, domains(), inLink()),
   );
 }
 
@@ -98,17 +96,30 @@ export async function openAsk(store, values) {
   }
 }
 
-// The link holds what is picked, too.
+const inLink = () => new URLSearchParams(location.hash.split("?")[1] || "");
+
+// The link holds what is picked, too, and how rows to train on are chosen.
 function linkPicks() {
   if (!answer.querySelector(".hit") || !location.hash.startsWith("#/ask")) return;
-  const values = new URLSearchParams(location.hash.split("?")[1] || "");
+  const values = inLink();
   const rows = picksOf(byId("part").value);
   if (rows) values.set("picks", rows);
   else values.delete("picks");
+  relink(values);
+}
+
+function relink(values) {
   shown = values.toString();
   history.replaceState(null, "", `#/ask?${values}`);
 }
+
 addEventListener("picked", linkPicks);
+addEventListener("taken", ({ detail }) => {
+  const values = inLink();
+  for (const name of KEYS) values.delete(name);
+  for (const [name, value] of detail) values.append(name, value);
+  relink(values);
+});
 form.addEventListener("change", (event) => {
   if (["tokens", "words"].includes(event.target.id) && answer.querySelector(".hit")) form.requestSubmit();
 });
@@ -117,6 +128,7 @@ form.addEventListener("submit", (event) => {
   const values = state();
   const rows = picksOf(byId("part").value);
   if (rows) values.set("picks", rows);
+  for (const [name, value] of inLink()) if (KEYS.includes(name)) values.append(name, value);
   const fragment = `#/ask?${values}`;
   shown = values.toString();
   if (location.hash !== fragment) history.pushState(null, "", fragment);

@@ -1,12 +1,12 @@
 // Rows to train on: a whole ranking, cut somewhere, or rows that were picked by hand. The server writes them as
 // `ghoststore select` does.
 
-import { request, storeName } from "./api.js";
-import { busy, byId, copyButton, make, problem, visible, whole } from "./dom.js";
+import { shell } from "./again.js";
+import { link, request, storeName } from "./api.js";
+import { busy, copyButton, make, problem, visible, whole } from "./dom.js";
+import { Taking } from "./taking.js";
 
 const KEY = `ghoststore-picked ${storeName || ""}`; // of each store its own
-const MUCH = { fraction: ["Best share, 0 to 1", "0.05"], count: ["Best rows", "100"], token_budget: ["Best, as many tokens", "100000"], threshold_nats: ["At least this in nats", "0.001"] };
-const CHOICES = { quotas: [["", "as they come"], ["proportional", "as in the corpus"], ["equal", "the same of each"]], form: [["jsonl", "jsonl"], ["parquet", "parquet"]], leaks: [["exclude", "left out"], ["keep", "kept"]] };
 
 // What is picked, in this tab: {part, rows: {row of the corpus: id}}. Picks are of one part.
 function picked(part) {
@@ -50,11 +50,6 @@ export function takePicks(part, words) {
   if (rows.length && !places(part).length) sessionStorage.setItem(KEY, JSON.stringify({ part, rows: Object.fromEntries(rows.map((row) => [row, `row ${row}`])) }));
 }
 
-function select(name, words) {
-  const box = make("select", { id: `take-${name}` }, ...CHOICES[name].map(([value, shown]) => make("option", { value }, shown)));
-  return make("div", {}, make("label", { for: `take-${name}` }, words), box);
-}
-
 function save({ name, base64 }) {
   const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
   const anchor = make("a", { download: name });
@@ -64,49 +59,34 @@ function save({ name, base64 }) {
 }
 
 // `asked` is the question of the ranking. What of it choosing has no word for was not asked to be chosen by.
-export function basket(asked, settings) {
+// `domains` are those of the part, `values` what the link says of the choice.
+export function basket(asked, settings, domains, values) {
   const { top_k: top, bottom_k: bottom, tokens, histogram, ...question } = asked;
   const { part } = settings;
   const answer = make("div", { "aria-live": "polite" });
-  const much = make("select", { id: "take-by" }, ...Object.entries(MUCH).filter(([name]) => name !== "threshold_nats" || (settings.unit && settings.lexical === undefined)).map(([value, [shown]]) => make("option", { value }, shown)));
-  const amount = make("input", { id: "take-much", type: "number", min: "0", step: "any", value: MUCH.fraction[1], required: "" });
-  much.addEventListener("change", () => { amount.value = MUCH[much.value][1]; });
   const go = make("button", { type: "submit" }, "Choose and download");
-  const byHand = make("label", { class: "check" });
-  const hand = make("input", { type: "radio", name: "take", value: "picked" });
-  const all = make("input", { type: "radio", name: "take", value: "ranking", checked: "" });
   const drop = make("button", { type: "button", class: "plain" }, "Empty");
+  const taking = new Taking(domains, settings.unit && settings.lexical === undefined, values, drop);
   drop.addEventListener("click", () => {
     sessionStorage.removeItem(KEY);
     dispatchEvent(new CustomEvent("picked"));
-    all.focus();
+    taking.all.focus();
   });
-  const cut = make("div", { class: "grid take" }, make("div", {}, make("label", { for: "take-by" }, "How much"), much),
-    make("div", {}, make("label", { for: "take-much" }, "Number"), amount),
-    select("quotas", "By domain"), select("leaks", "Near-duplicates of the question"));
-  const form = make("form", { class: "taking", autocomplete: "off" },
-    make("label", { class: "check" }, all, "Of this ranking"), cut,
-    make("div", { class: "line" }, byHand, drop), select("form", "File"),
-    make("p", { class: "actions" }, go));
-  const showPicks = () => {
-    const count = places(part).length;
-    byHand.replaceChildren(hand, `The rows picked by hand: ${whole(count)}`);
-    hand.disabled = drop.disabled = !count;
-    if (!count && hand.checked) all.checked = true;
-    cut.hidden = hand.checked;
-  };
-  form.addEventListener("change", showPicks);
+  const form = make("form", { class: "taking", autocomplete: "off" }, ...taking.elements, make("p", { class: "actions" }, go));
+  const showPicks = () => taking.show(places(part).length);
+  form.addEventListener("change", () => {
+    showPicks();
+    dispatchEvent(new CustomEvent("taken", { detail: taking.words() }));
+  });
   refresh = showPicks;
   showPicks();
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
-    const how = hand.checked
-      ? { source_rows: places(part), where: null }
-      : { [much.value]: Number(amount.value), quotas: byId("take-quotas").value || null, leaks: byId("take-leaks").value };
     go.disabled = true;
     answer.replaceChildren(busy("Choosing. The model is loaded for it …"));
     try {
-      const chosen = await request("/api/select", { ...question, part, ...how, form: byId("take-form").value });
+      const how = taking.byHand ? { source_rows: places(part), where: null } : taking.options();
+      const chosen = await request("/api/select", { ...question, part, ...how, ...taking.files() });
       answer.replaceChildren(...report(chosen));
       save(chosen.files[0]);
     } catch (error) {
@@ -127,7 +107,7 @@ function report({ report: made, files, explorer }) {
   return [
     make("p", { class: "done" }, `${whole(made.samples)} of ${whole(made.available)} rows, ${whole(made.tokens)} tokens: ${domains}.`),
     ...explorer.notes.map((note) => make("p", { class: "about" }, `Note: ${note}`)),
-    make("pre", { tabindex: "0" }, explorer.command),
-    make("p", { class: "actions" }, ...links, copyButton("Copy command", () => explorer.command)),
+    shell(explorer.command),
+    make("p", { class: "actions" }, ...links, copyButton("Copy command", () => explorer.command), copyButton("Copy link to this choice", link)),
   ];
 }

@@ -51,11 +51,16 @@ export function span(seconds) {
 }
 
 // A table that can be scrolled by keys, where it is wider than its place. named: whether the first cell names its row.
-export function table(label, head, rows, named = false) {
-  const cells = (row) => row.map((cell, place) => (named && !place ? make("th", { scope: "row" }, cell) : make("td", {}, cell)));
-  return make("div", { class: "card scroll", tabindex: "0", role: "region", "aria-label": label }, make("table", {},
-    make("thead", {}, make("tr", {}, ...head.map((name) => (name ? make("th", { scope: "col" }, name) : make("td", {}))))),
-    make("tbody", {}, ...rows.map((row) => make("tr", {}, ...cells(row))))));
+// stacks: in a narrow window each row is a list of its cells, with the names of the columns beside them.
+export function table(label, head, rows, { named = false, stacks = false } = {}) {
+  const cells = (row) => row.map((cell, place) => (named && !place
+    ? make("th", { scope: "row" }, cell)
+    : make("td", stacks ? { role: "cell", "data-of": head[place] } : {}, cell)));
+  const part = (name, role, ...children) => make(name, stacks ? { role } : {}, ...children); // which display: block takes away
+  const titles = head.map((name) => (name ? make("th", { scope: "col", role: stacks ? "columnheader" : null }, name) : make("td", {})));
+  return make("div", { class: stacks ? "card scroll stacks" : "card scroll", tabindex: "0", role: "region", "aria-label": label }, part("table", "table",
+    part("thead", "rowgroup", part("tr", "row", ...titles)),
+    part("tbody", "rowgroup", ...rows.map((row) => part("tr", "row", ...cells(row))))));
 }
 
 export function bytes(number) {

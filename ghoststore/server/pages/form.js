@@ -18,7 +18,10 @@ function showKind() {
   for (const box of form.querySelectorAll("[data-kind]")) box.hidden = box.dataset.kind !== kind();
 }
 
+let listed = { parts: [] }; // the store whose parts the form names
+
 export function fill(store, state) {
+  listed = store;
   const parts = store.parts.map((part) => part.name);
   byId("part").replaceChildren(...parts.map((name) => make("option", { value: name }, name)));
   for (const name of FIELDS) {
@@ -30,7 +33,7 @@ export function fill(store, state) {
   byId("more").open = MORE.some((name) => state.has(name));
   showKind();
   fillPhrase(state.get("phrase"));
-  const suggest = () => showDomains(domainsOf(store));
+  const suggest = () => showDomains(domains());
   byId("part").onchange = suggest;
   suggest();
 }
@@ -131,6 +134,9 @@ export function chooseDomain(name) {
 
 const domainsOf = (store) => store.parts.find((part) => part.name === byId("part").value)?.manifest.corpus.domains || [];
 
+// Those of the part that is asked.
+export const domains = () => domainsOf(listed);
+
 function showDomains(domains) {
   byId("conditions").replaceChildren(...domains.map((name) => make("option", { value: `domain = ${quoted(name)}` })));
   byId("chips").replaceChildren(...domains.slice(0, MOST_CHIPS).map((name) => {
@@ -156,6 +162,19 @@ form.addEventListener("change", (event) => {
     showKind();
     dropPhrase();
   }
+});
+// A file that is dropped anywhere on the form is the val file.
+const holdsFile = (event) => event.dataTransfer?.types.includes("Files");
+form.addEventListener("dragover", (event) => {
+  if (holdsFile(event)) event.preventDefault();
+});
+form.addEventListener("drop", (event) => {
+  if (!holdsFile(event)) return;
+  event.preventDefault();
+  byId("file").files = event.dataTransfer.files;
+  form.elements.kind.value = "file";
+  showKind();
+  dropPhrase();
 });
 form.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();

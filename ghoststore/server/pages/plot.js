@@ -116,7 +116,7 @@ export class Plot {
     for (const tick of niceTicks(first, last, Math.max(2, Math.floor(inner.width / 80)))) {
       svg.append(draw("text", { x: x(tick), y: HEIGHT - MARGIN.bottom + 17, "text-anchor": "middle" }, this.options.bars ? short(tick) : whole(tick)));
     }
-    svg.append(draw("text", { x: MARGIN.left + inner.width, y: HEIGHT - 3, "text-anchor": "end", class: "axis" }, this.options.across || "step"));
+    svg.append(draw("text", { x: MARGIN.left + inner.width, y: HEIGHT - 3, "text-anchor": "end" }, this.options.across || "step"));
     for (const band of this.bands) {
       const points = band.x.map((step, place) => (band.low[place] === null ? null : [x(step), y(band.low[place]), y(band.high[place])]));
       for (const piece of pieces(points)) {

@@ -1,7 +1,8 @@
 // The Runs page: all training runs, or one as it grows, beside another.
 
-import { link, request, stream } from "./api.js";
-import { busy, byId, copyButton, facts, make, percent, problem, span, table, whole } from "./dom.js";
+import { again } from "./again.js";
+import { request, stream } from "./api.js";
+import { busy, byId, facts, make, percent, problem, shellWord, span, table, whole } from "./dom.js";
 import { Plot, histogramSeries, short } from "./plot.js";
 
 const LINES = 8; // domains and groups with a line of their own
@@ -42,10 +43,10 @@ async function showAll(signal) {
   place.replaceChildren(busy("Reading the runs …"));
   let last = "";
   while (!signal.aborted) {
-    const { runs } = await request("/api/runs", undefined, signal);
+    const { store, runs } = await request("/api/runs", undefined, signal);
     if (signal.aborted) return;
     const now = JSON.stringify(runs.map((run) => ({ ...run, commit_age: 0 })));
-    if (now !== last) place.replaceChildren(...list(runs));
+    if (now !== last) place.replaceChildren(...list(runs), again([`ghoststore info --store ${shellWord(store)}`]));
     last = now;
     await pause(signal, SECONDS);
   }
@@ -57,7 +58,7 @@ function list(runs) {
     make("a", { href: words(run.name) }, run.name), badge(run.state), progress(run.committed, run.steps), short(run.train_loss),
     short(run.val_loss), percent(run.negative), whole(run.rows), run.manifest.corpus.domains.length ? run.manifest.corpus.domains.join(", ") : "none",
   ]);
-  return [table("Training runs", ["run", "state", "steps", "train loss", "val loss", "negative scores", "rows", "domains"], rows)];
+  return [table("Training runs", ["run", "state", "steps", "train loss", "val loss", "negative scores", "rows", "domains"], rows, { stacks: true })];
 }
 
 const badge = (state) => make("span", { class: `badge ${state}` }, state || "waiting");
@@ -147,7 +148,7 @@ class Page {
     const same = JSON.stringify([mine.best, mine.worst]);
     if (same !== this.same) this.samples.replaceChildren(...extremes("Best samples so far", mine, mine.best), ...extremes("Worst samples so far", mine, mine.worst));
     this.same = same;
-    if (!this.shell.childElementCount) this.shell.replaceChildren(shell(mine));
+    if (!this.shell.childElementCount) this.shell.replaceChildren(again(mine.explorer.commands));
   }
 
   head(frame) {
@@ -180,7 +181,9 @@ class Page {
     domains.show(each((frame, dash) => most(frame).map((domain) => ({
       name: domain.domain || "(none)", x: frame.spread.steps, y: domain.mean, mark: `${mark(frames[0], domain.domain)}${dash}`,
     }))));
-    groups.show(each((frame, dash) => Object.entries(frame.spread.groups).slice(0, LINES).map(([name, y], index) => ({ name, x: frame.spread.steps, y, mark: `s${index}${dash}` }))));
+    groups.show(each((frame, dash) => Object.entries(frame.spread.groups).slice(0, LINES).map(([name, y], index, all) => ({
+      name, x: frame.spread.steps, y, mark: `${all.every(([group]) => isDomain(frames[0], group)) ? mark(frames[0], name) : `s${index}`}${dash}`,
+    }))));
     kept.show(each((frame, dash) => (frame.spread.kept_share ? [{ name: "kept", x: frame.spread.steps, y: frame.spread.kept_share, mark: `s2${dash}` }] : [])));
     recent.show(each((frame, dash) => (frame.histogram.length ? [histogramSeries(frame.histogram, frame.histogram_edges, `of ${whole(frame.recent_scores)} scores`, `s0${dash}`)] : [])));
   }
@@ -192,7 +195,9 @@ function most(frame) {
   return [...frame.spread.domains].sort((one, other) => times.get(other.domain) - times.get(one.domain)).slice(0, LINES);
 }
 
-// One domain has one colour, whatever its place in the table.
+const isDomain = (frame, name) => frame.spread.domains.some(({ domain }) => domain === name);
+
+// One domain has one colour, whatever its place in the table; and so has a val group that is called as it.
 function mark(frame, name) {
   const names = frame.spread.domains.map((domain) => domain.domain || "");
   return `s${Math.max(0, names.indexOf(name || "")) % LINES}`;
@@ -216,7 +221,7 @@ function numbers(frame) {
 function beside(mine, other) {
   const theirs = new Map(numbers(other));
   const rows = numbers(mine).filter(([name, value]) => value !== null || theirs.get(name) !== null).map(([name, value]) => [name, value || "none", theirs.get(name) || "none"]);
-  return table("Two runs", ["", mine.run, other.run], rows, true);
+  return table("Two runs", ["", mine.run, other.run], rows, { named: true });
 }
 
 function domainTables(mine, other) {
@@ -229,7 +234,7 @@ function domainTables(mine, other) {
     ...(other ? [theirs.has(domain.domain) ? short(theirs.get(domain.domain).value_per_time) : "none"] : []),
     ...(chose ? [percent(domain.kept_share)] : []), percent(domain.negative_share), whole(domain.times),
   ]);
-  return [make("h2", {}, "Domains"), table("Domains", head, rows, true)];
+  return [make("h2", {}, "Domains"), table("Domains", head, rows, { named: true })];
 }
 
 function extremes(title, frame, samples) {
@@ -246,13 +251,6 @@ function extremes(title, frame, samples) {
   const rest = items.slice(FIRST);
   const more = rest.length ? make("details", {}, make("summary", {}, `${rest.length} more`), make("ol", { class: "samples", start: FIRST + 1 }, ...rest)) : null;
   return [make("section", { class: "card" }, make("h2", {}, title), make("p", { class: "hint" }, "By the sum of weighted scores."), make("ol", { class: "samples" }, ...items.slice(0, FIRST)), more)];
-}
-
-function shell(frame) {
-  const { commands } = frame.explorer;
-  return make("section", { class: "card again", "aria-label": "The same again" }, make("h2", {}, "The same from a shell"),
-    make("pre", { tabindex: "0" }, commands.join("\n")),
-    make("p", { class: "actions" }, copyButton("Copy commands", () => commands.join("\n")), copyButton("Copy link to this view", link)));
 }
 
 export const runsProblem = (error) => place.replaceChildren(problem(error), make("p", {}, make("a", { href: "#/runs" }, "All runs")));

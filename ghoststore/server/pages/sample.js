@@ -1,13 +1,13 @@
 // The Sample page: one row of the corpus, whole; rows near it, where it was trained on, its near-duplicates.
 
+import { again, command } from "./again.js";
 import { request } from "./api.js";
 import { pickBox } from "./basket.js";
 import { lineChart } from "./charts.js";
-import { byId, busy, copyButton, facts, make, problem, whole } from "./dom.js";
+import { byId, busy, facts, make, problem, whole } from "./dom.js";
 import { ranking } from "./hits.js";
 
 const short = (number) => number.toPrecision(3).replaceAll("-", "\u2212");
-const command = (words) => [make("pre", { tabindex: "0" }, words), make("p", { class: "actions" }, copyButton("Copy command", () => words))];
 
 // A card whose content comes later. `fill` gives it; a problem is said in the card.
 function later(title, words, fill) {
@@ -62,7 +62,8 @@ async function duplicates(address, part, signal) {
   const items = found.rows.slice(0, 50).map((row) => make("li", {},
     make("a", { class: "id", href: `#/sample/${encodeURIComponent(part)}/${row.source_row}` }, row.id),
     ` ${(100 * row.overlap).toFixed(0)} %`));
-  return [about, make("ul", {}, ...items), found.rows.length > 50 ? make("p", { class: "hint" }, `and ${whole(found.found - 50)} more`) : null].filter(Boolean);
+  const more = found.rows.length > 50 ? make("p", { class: "hint" }, `and ${whole(found.found - 50)} more`) : "";
+  return [about, items.length ? make("ul", {}, ...items) : "", more, make("p", { class: "hint" }, "The report of this command lists them, with the sample itself:"), ...command(found.command)];
 }
 
 // `signal` ends what was asked for this sample.
@@ -74,7 +75,7 @@ export async function showSample([part, row], signal) {
   const cells = (row_) => [row_.row, row_.window_start, row_.n_tokens, row_.status.replaceAll("_", " "), row_.loss === null ? "none" : row_.loss.toPrecision(4)];
   const head = ["row of the part", "first token", "tokens", "status", "loss"].map((word) => make("th", { scope: "col" }, word));
   const rows = sample.rows.map((row_) => make("tr", {}, ...cells(row_).map((cell) => make("td", {}, typeof cell === "number" ? whole(cell) : cell))));
-  const again = new URLSearchParams({ part, text: sample.text || "" });
+  const asked = new URLSearchParams({ part, text: sample.text || "" });
   const hasVector = sample.rows.some((row_) => ["ok", "truncated"].includes(row_.status));
   place.replaceChildren(
     make("article", { class: "card" },
@@ -87,7 +88,7 @@ export async function showSample([part, row], signal) {
       ]),
       make("h2", {}, "Text"),
       sample.text === null ? make("p", { class: "none" }, "not shown: the corpus is gone, or has changed") : make("p", { class: "text", dir: "auto" }, sample.text),
-      sample.text ? make("p", {}, make("a", { href: `#/ask?${again}` }, "Rank by this text")) : null,
+      sample.text ? make("p", {}, make("a", { href: `#/ask?${asked}` }, "Rank by this text")) : null,
       make("h2", {}, "Rows"),
       make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Its rows" }, make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows))),
     ),
@@ -96,5 +97,6 @@ export async function showSample([part, row], signal) {
       later("Trained on", "Reading the runs …", () => runs(address, signal)),
       onDemand("Near-duplicates", "Look for them", "Reading the corpus …", () => duplicates(address, sample.part, signal)),
     ),
+    again([sample.command]),
   );
 }

@@ -1,5 +1,6 @@
 // The Store page: its parts and training runs, where they come from, and whether every byte is as it was written.
 
+import { again } from "./again.js";
 import { stream } from "./api.js";
 import { byId, bytes, facts, make, percent, problem, shellWord, table, whole } from "./dom.js";
 
@@ -9,13 +10,28 @@ const number = (value) => (value === null || value === undefined ? "none" : valu
 const software = (versions) => Object.entries(versions).map(([name, version]) => `${name} ${version}`).join(", ");
 const counts = (table_) => Object.entries(table_).map(([name, count]) => `${whole(count)} ${name.replaceAll("_", " ")}`).join(", ");
 
-// What an index was found to recall when it was built, and what fidelity was measured: where they still fit the part.
+// What an index was found to recall when it was built, or why it cannot be asked any more.
 function indexWords(index) {
-  const recall = index.recall ? Object.entries(index.recall).map(([kind, at]) => `${Object.entries(at).map(([name, value]) => `recall@${name.replace("at_", "")} ${number(value)}`).join(", ")} for ${kind}s`) : [];
-  return [`${index.name} (${index.state})`, index.factory, ...recall].filter(Boolean).join("; ");
+  if (!["current", "of a union"].includes(index.state)) {
+    const remedy = index.state === "damaged" ? "; ghoststore index builds it again" : ""; // the others say so
+    return [make("strong", {}, index.name), " ", badge(index.state), ` ${index.problem}${remedy}`];
+  }
+  const recall = Object.entries(index.recall).map(([kind, at]) => `${Object.entries(at).map(([name, value]) => `recall@${name.replace("at_", "")} ${number(value)}`).join(", ")} for ${kind}s`);
+  return [`${index.name} (${index.state}); ${[index.factory, ...recall].join("; ")}`];
 }
 
-const print = (fingerprint) => (fingerprint && fingerprint.length > 24 ? `${fingerprint.slice(0, 23)}…` : fingerprint);
+// What fidelity was measured, and whether it is that of the rows that are committed now.
+function fidelityWords(measured) {
+  if (measured.state === "damaged") return [`by ${measured.metric} `, badge("damaged"), ` ${measured.problem}; ghoststore fidelity measures it again`];
+  const { layers } = measured;
+  const words = `Spearman ${number(layers.spearman.value)} to exact gradients, recall@${layers.at} ${number(layers.recall.value)}, relative error ${number(layers.relative_error.value)}; ${whole(measured.rows)} rows × ${whole(measured.val_samples)} val samples by ${measured.metric}`;
+  return measured.state === "current" ? [words] : [words, " ", badge("stale"), ` ${measured.problem}; ghoststore fidelity measures it again`];
+}
+
+const badge = (state) => make("span", { class: `badge ${state}` }, state);
+const several = (items, words) => make("ul", { class: "plain" }, ...items.map((item) => make("li", {}, ...words(item))));
+
+const print = (fingerprint) => (fingerprint && fingerprint.length > 20 ? `${fingerprint.slice(0, 19)}…` : fingerprint);
 
 function provenance(source) {
   const { manifest } = source;
@@ -44,16 +60,9 @@ function partCard(part) {
     ["metric", projection.precondition === "none" ? "plain gradients" : `preconditioned (${projection.precondition})`],
     ["projection", `${projection.kind}, seed ${projection.seed}`],
     ["layers", `${whole(manifest.layers.length)}, ${(100 * manifest.coverage.share).toFixed(1)} % of the parameters`],
-    ["indexes", part.indexes.length ? part.indexes.map(indexWords).join(". ") : "none: ghoststore index builds one"],
-    ["fidelity", part.fidelity.length ? part.fidelity.map(fidelityWords).join(". ") : "none: ghoststore fidelity measures it"],
+    ["indexes", part.indexes.length ? several(part.indexes, indexWords) : "none: ghoststore index builds one"],
+    ["fidelity", part.fidelity.length ? several(part.fidelity, fidelityWords) : "none: ghoststore fidelity measures it"],
   ]), make("h4", {}, "Provenance"), facts(provenance(part)));
-}
-
-function fidelityWords(measured) {
-  if (measured.state === "damaged") return `damaged: ${measured.problem}; ghoststore fidelity measures it again`;
-  const { layers } = measured;
-  const stale = measured.state === "current" ? "" : ` (${measured.state}: ${measured.problem})`;
-  return `Spearman ${number(layers.spearman.value)} to exact gradients, recall@${layers.at} ${number(layers.recall.value)}, relative error ${number(layers.relative_error.value)}; ${whole(measured.rows)} rows × ${whole(measured.val_samples)} val samples by ${measured.metric}${stale}`;
 }
 
 function runCard(run) {
@@ -128,6 +137,9 @@ export function leaveStore() {
   if (checking) checking.abort();
 }
 
+// A store that cannot be described can be verified still: that names what is damaged.
+export const storeProblem = (error, store) => byId("store").replaceChildren(problem(error), make("h2", {}, "Is it sound?"), verifyCard({ store }));
+
 export function showStore(store) {
   const group = (title, cards, none) => [
     make("h2", {}, title),
@@ -137,5 +149,6 @@ export function showStore(store) {
     ...group(`Parts (${store.parts.length})`, store.parts.map(partCard), "No part yet: ghoststore build makes one."),
     ...group(`Training runs (${store.runs.length})`, store.runs.map(runCard), "No training run: ghoststore train makes one."),
     make("h2", {}, "Is it sound?"), verifyCard(store),
+    again([`ghoststore info --store ${shellWord(store.store)}`]),
   );
 }

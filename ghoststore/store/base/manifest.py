@@ -30,6 +30,12 @@ Difference = tuple[str, Any, Any]
 """(dotted path, stored value, other value)."""
 SHOWN = 90
 """Characters of a value in a message."""
+MOST_SPANS = 100_000_000
+"""The name of a record has eight digits for the span."""
+OPEN, ENDED = "open", "ended"
+"""What ``storage.stream`` says of a part that is built from a stream: its end is not known, or it is."""
+UNSEEN: Mapping[str, Any] = {"fingerprint": OPEN, "samples": 0, "domains": None, "repeated_ids": None}
+"""What the section ``corpus`` says of a stream before its end is known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +95,8 @@ PART = Kind(
             "max_samples": (int, NoneType),
             "skip_samples": (int,),
             "fields": (dict,),
+            "head": (dict,),
+            "head.samples": (int,),
         },
         "tokens": {"max_length": (int,), "overlong": (str,)},
         "loss": {"definition": (str,), "reduction": (str,)},
@@ -128,7 +136,7 @@ PART = Kind(
         "compute": {"attn_implementation": _OPTIONAL_TEXT, "gradient_checkpointing": (bool,)},
         "coverage": {"share": (int, float)},
     },
-    optional=frozenset({"corpus.skip_samples", "source.like", "source.like.part", "source.like.hash"}),
+    optional=frozenset({"corpus.skip_samples", "corpus.head", "source.like", "source.like.part", "source.like.hash"}),
 )
 RUN = Kind(
     name="run",
@@ -210,6 +218,20 @@ def _is_layer(value: Any) -> bool:
 
 def _described(value: Any) -> str:
     return f"{value!r:.60} ({_JSON.get(type(value), type(value).__name__)})"
+
+
+def as_begun(manifest: Manifest) -> Manifest:
+    """The manifest of a part of a stream as it was when the part was begun; any other manifest as it is."""
+    storage = manifest.get("storage")
+    if not isinstance(storage, dict) or storage.get("stream") is None or not isinstance(storage.get("span_rows"), int):
+        return manifest
+    storage = {**storage, "stream": OPEN, "rows": open_rows(storage["span_rows"])}
+    return {**manifest, "corpus": {**manifest["corpus"], **UNSEEN}, "storage": storage}
+
+
+def open_rows(span_rows: int) -> int:
+    """Rows that the arrays of an open part have room for."""
+    return span_rows * MOST_SPANS
 
 
 def check_format(attributes: Mapping[str, Any], where: str) -> None:

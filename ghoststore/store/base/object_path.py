@@ -89,9 +89,23 @@ class ObjectPath(PosixPath):
     def lstat(self) -> os.stat_result:
         return self.stat()
 
+    @property
+    def listed(self) -> Found | None:
+        """What the listing that this path comes from said of the object."""
+        return self._listed if isinstance(self._listed, Found) else None
+
+    def looked_up(self) -> ObjectPath:
+        """This path, with what there is: nothing asks for that again."""
+        found = self._head()
+        # Of a folder some tools make an empty object, too.
+        if (found is None or not found.size) and self.is_dir():
+            return self._of(self.key, True)
+        return self if found is None else self._of(self.key, found)
+
     def iterdir(self) -> Iterator[ObjectPath]:  # type: ignore[override]
         """The objects and folders in it. FileNotFoundError if there are none."""
         folders, objects = self.objects.folder(self.key)
+        objects = [found for found in objects if found.key != self.key]  # consoles make an object for a folder
         if not folders and not objects:
             raise FileNotFoundError(2, "no such folder", str(self))
         for key in folders:
@@ -235,8 +249,8 @@ def at_once(path: Path) -> int:
     return IN_FLIGHT if isinstance(path, ObjectPath) else 1
 
 
-def location(place: str | Path) -> Path:
-    """Where a store is: the path of a local folder, or an :class:`ObjectPath`.
+def location(place: str | Path, what: str = "store") -> Path:
+    """Where a store (``what``) is: the path of a local folder, or an :class:`ObjectPath`.
 
     UsageError for any other address, and for one without a bucket or with credentials in it.
     """
@@ -252,7 +266,7 @@ def location(place: str | Path) -> Path:
     if not slashes or not _BUCKET.fullmatch(bucket) or {".", ".."} & set(keys) or _NO_KEY.search(key):
         shown = "" if "@" in rest or "?" in rest else f" {str(place)!r:.200}"
         raise UsageError(
-            f"the address{shown} of the store cannot be used: write {scheme}://BUCKET/PREFIX, without credentials "
+            f"the address{shown} of the {what} cannot be used: write {scheme}://BUCKET/PREFIX, without credentials "
             "(these come from the environment) and without ? # @ % or control characters in it; a bucket's name has 3 "
             "to 63 characters"
         )
@@ -265,8 +279,19 @@ def refuse_objects(place: str | Path | None, parameter: str, what: str, advice: 
         raise UsageError(f"`{parameter}={place}`: {what} is not done in object storage; {advice}")
 
 
-def local_cache(path: ObjectPath) -> Path:
-    """The folder of this user on this machine for what is computed from ``path`` and can be computed again."""
+def cache_folder() -> Path:
+    """The folder of this user on this machine for what can be had again: copies, and what was computed.
+
+    UsageError if there is neither the variable nor a home.
+    """
     variable = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(variable) if os.path.isabs(variable) else Path.home() / ".cache"
-    return folder / "ghoststore" / "objects" / hashlib.sha256(str(path).encode()).hexdigest()[:32]
+    try:
+        folder = Path(variable) if os.path.isabs(variable) else Path.home() / ".cache"
+    except RuntimeError:
+        raise UsageError("this user has no home folder: set XDG_CACHE_HOME to a folder for caches") from None
+    return folder / "ghoststore"
+
+
+def local_cache(path: ObjectPath) -> Path:
+    """The folder in :func:`cache_folder` for what is computed from ``path`` and can be computed again."""
+    return cache_folder() / "objects" / hashlib.sha256(str(path).encode()).hexdigest()[:32]

@@ -45,6 +45,13 @@ class Found:
     size: int
     modified: float
     """Seconds since the epoch, by the clock of the store."""
+    etag: str = ""
+    """What the store calls these bytes; another one after each write. Empty if it says none."""
+
+    @property
+    def version(self) -> tuple[int, str | float]:
+        """Differs from that of the object before it was written again."""
+        return self.size, self.etag or self.modified
 
 
 class Objects:
@@ -213,7 +220,9 @@ def _reason(error: Exception, exceptions: Any, scheme: str) -> str:
 
 
 def _found(meta: Any) -> Found:
-    return Found(str(meta["path"]), int(meta["size"]), meta["last_modified"].timestamp())
+    # Azure has quotes around it in some answers and none in others.
+    etag = (meta.get("e_tag") or "").removeprefix("W/").strip('"')
+    return Found(str(meta["path"]), int(meta["size"]), meta["last_modified"].timestamp(), etag)
 
 
 @cache

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ghoststore.errors import UsageError
-from ghoststore.store.base.manifest import Manifest
+from ghoststore.settings.option import in_objects
+from ghoststore.store.base.manifest import Manifest, as_begun
 from ghoststore.store.base.records import json_digest
 
 
@@ -34,7 +35,7 @@ def remember(manifest: Manifest, source: Manifest, where: Path) -> str | None:
     """
     if any(manifest["source"].get(name) != source.get(name) for name in PATHS):
         return None  # begun with other paths, maybe by another user
-    problem = remember_digest(json_digest(manifest), where)
+    problem = remember_digest(json_digest(as_begun(manifest)), where)
     return problem and (
         f"that these paths are yours cannot be remembered ({problem}): commands that read the checkpoint or the corpus "
         "of this part or run will ask for their paths"
@@ -60,7 +61,7 @@ def remember_digest(digest: str, where: Path) -> str | None:
 
 def is_own(manifest: Manifest) -> bool:
     """Whether this user wrote ``manifest``, see :func:`remember`."""
-    return is_own_digest(json_digest(manifest))
+    return is_own_digest(json_digest(as_begun(manifest)))
 
 
 def is_own_digest(digest: str) -> bool:
@@ -74,6 +75,11 @@ def is_own_digest(digest: str) -> bool:
 
 PATHS = ("checkpoint", "base", "tokenizer", "data", "corpus")
 """Entries of a manifest's ``source`` that are paths to read from."""
+
+
+def is_place(path: str) -> bool:
+    """Whether a recorded path leads to one place: an absolute path, or an address in object storage."""
+    return os.path.isabs(path) or in_objects(path)
 
 
 def source_path(manifest: Manifest, name: str, whose: str, parameter: str, given: Any = None) -> Any:
@@ -91,7 +97,7 @@ def source_path(manifest: Manifest, name: str, whose: str, parameter: str, given
     what = "corpus" if name in ("data", "corpus") else name
     printable = str(path).encode(errors="backslashreplace").decode()  # half a surrogate pair cannot be printed
     give = f"if that is the one, give it: `{parameter}={printable:.200}`"
-    if not isinstance(path, str) or not os.path.isabs(path):
+    if not isinstance(path, str) or not is_place(path):
         raise UsageError(
             f"{whose} names {path!r:.200} as its {what}: no path on this machine, and nothing is fetched because a "
             f"manifest says so; {give}"

@@ -194,7 +194,7 @@ class _Copying:
         with reading(path):
             data = read_bounded(path, LARGEST_METADATA, self._source.path)
             manifest, files = manifest_of(parse_json(data)["attributes"], str(path), self._source.kind)
-        if (manifest, files) != (self._source.manifest, self._source.files):
+        if (manifest, files) != (self._source.recorded, self._source.files):
             raise CorruptError(f"{path} is another than when the copy began")
         return data
 

@@ -156,8 +156,10 @@ def _make_metadata(source: Spanned[Any], folder: Path) -> None:
     group.create_group("commits")
     if isinstance(source, Run) and source.layout.save_steps is not None:
         group.create_group(JOURNAL)
+    # That of an open part is not the number of rows by now.
+    length = source.layout_of(source.recorded["storage"]).length
     for spec in source.layout.arrays():
-        create_array(group, spec, spec.count(source.layout.length))
+        create_array(group, spec, spec.count(length))
     if isinstance(source, Run):
         for spec in source.layout.row_arrays():
             create_array(group, spec, source.layout.rows)

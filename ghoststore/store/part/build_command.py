@@ -58,7 +58,8 @@ def _options(manifest: Manifest, store: Path, name: str) -> Iterator[tuple[str, 
     yield "--base", source.get("base")
     yield "--adapter", None if adapter is None else "merge" if adapter["merged"] else "only"
     yield "--tokenizer", source["tokenizer"]
-    yield from (("--data", path) for path in source["data"].split("\n"))
+    yield from (("--data", path) for path in source.get("stream", source["data"]).split("\n"))
+    yield "--stream", storage.get("stream") is not None
     yield "--store", store
     yield "--name", name
     yield "--like", source.get("like", {}).get("part")
@@ -69,7 +70,9 @@ def _options(manifest: Manifest, store: Path, name: str) -> Iterator[tuple[str, 
     yield "--max-samples", manifest["corpus"]["max_samples"]
     yield "--batch-tokens", manifest["batching"]["batch_tokens"]
     yield "--span-rows", storage["span_rows"]
-    yield "--store-text", storage["store_text"] and source["data"] != "-"
+    kept_unasked = source["data"] == "-"
+    yield "--store-text", storage["store_text"] and not kept_unasked
+    yield "--no-store-text", kept_unasked and not storage["store_text"]
     yield "--keep-fields", ",".join(field.name for field in fields_of(storage)) or None
     yield "--loss-reduction", manifest["loss"]["reduction"]
     yield "--model-dtype", manifest["dtype"]["model"]

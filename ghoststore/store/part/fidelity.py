@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ghoststore.errors import CorruptError
 from ghoststore.store.base.disk import publish_group, storage_errors
 from ghoststore.store.base.opening import refuse_links
-from ghoststore.store.base.records import json_digest, read_record, write_record
+from ghoststore.store.base.records import read_record, write_record
 from ghoststore.store.part.part import Part
 
 FOLDER = "fidelity"
@@ -48,7 +48,7 @@ def keep_fidelity(part: Part, metric: str, value: dict[str, Any]) -> None:
             folder / f"{metric}.json",
             {
                 "format": FORMAT,
-                "manifest": json_digest(part.manifest),
+                "manifest": part.identity,
                 "covers": part.fingerprint(),
                 "rows_covered": part.rows,
                 "value": value,
@@ -61,7 +61,7 @@ def read_fidelity(part: Part, metric: str) -> KeptFidelity | None:
     path = part.caches / FOLDER / f"{metric}.json"
     try:
         record = read_record(path, within=part.caches)
-        if record["format"] != FORMAT or record["manifest"] != json_digest(part.manifest):
+        if record["format"] != FORMAT or record["manifest"] != part.identity:
             return None
         value = {**record["value"], "rows_covered": int(record["rows_covered"])}
         check_value(value)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ghoststore.errors import MismatchError, UsageError
+from ghoststore.store.base.manifest import ENDED, OPEN
 from ghoststore.store.part.encoding import encoding
 from ghoststore.store.part.kept import NULL, KeptField, dtypes_of, fields_of
 from ghoststore.store.spans.layout import (
@@ -23,6 +24,8 @@ from ghoststore.store.spans.layout import (
     column_specs,
 )
 
+STREAM = "stream"
+"""The array with an entry for each span of a stream."""
 MIN_SPAN_ROWS, MAX_SPAN_ROWS = 256, 4096
 LARGEST_CHUNK = LARGEST_ROW_BYTES
 """Most numbers of a chunk of vectors. Each may take a byte or less as stored, and takes four as float32."""
@@ -43,6 +46,8 @@ class PartLayout(SpanLayout):
     store_text: bool
     fields: tuple[KeptField, ...] = ()
     """Fields of the samples that are kept as columns."""
+    stream: str | None = None
+    """Of a part built from a stream: OPEN, or ENDED once its end is known. None for other parts."""
 
     def __post_init__(self) -> None:
         encoding(self.dtype)
@@ -55,6 +60,8 @@ class PartLayout(SpanLayout):
                 f"chunks of {self.chunk_rows} rows of {self.dimension} numbers are larger than any part has "
                 f"(at most {LARGEST_CHUNK} numbers)"
             )
+        if self.stream not in (None, OPEN, ENDED):
+            raise MismatchError(f"a stream is {OPEN} or {ENDED}, not {self.stream!r:.40}")
         if self.span_rows < 1 or self.chunk_rows < 1 or self.span_rows % self.chunk_rows:
             raise MismatchError(f"chunks of {self.chunk_rows} rows do not divide spans of {self.span_rows} rows")
 
@@ -122,13 +129,17 @@ class PartLayout(SpanLayout):
             chunk_rows=int(storage["chunk_rows"]),
             store_text=bool(storage["store_text"]),
             fields=fields_of(storage),
+            stream=storage.get("stream"),
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What the storage section of a manifest says of the layout; nothing of kept fields where there are none."""
+        """What the storage section of a manifest says of the layout; nothing of kept fields, or of a stream, where
+        there are none.
+        """
         described = {**asdict(self), "fields": [asdict(field) for field in self.fields]}
-        if not self.fields:
-            del described["fields"]
+        for name in ("fields", "stream"):
+            if not described[name]:
+                del described[name]
         return described
 
     @property
@@ -161,4 +172,7 @@ class PartLayout(SpanLayout):
         kept = column_specs(dtypes_of(self.fields), span)
         if self.fields:
             kept.append(ArraySpec(name=NULL, dtype=np.dtype("u1"), chunk_rows=span, columns=(len(self.fields),)))
-        return [vectors, *blocks, *column_specs(columns_of_rows, span), *kept]
+        specs = [vectors, *blocks, *column_specs(columns_of_rows, span), *kept]
+        if self.stream is not None:
+            specs.append(ArraySpec(name=STREAM, dtype=str, chunk_rows=1, axes=("span",), fill="", every=span))
+        return specs

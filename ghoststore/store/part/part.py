@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +19,18 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from ghoststore.errors import CorruptError
-from ghoststore.store.base.manifest import PART, Manifest
+from ghoststore.store.base.manifest import OPEN, PART, Manifest, as_begun, open_rows
 from ghoststore.store.base.object_path import ObjectPath, at_once, local_cache
 from ghoststore.store.base.objects import side_by_side
-from ghoststore.store.base.opening import size_of
-from ghoststore.store.base.records import reading
+from ghoststore.store.base.opening import read_bounded, size_of
+from ghoststore.store.base.records import json_digest, reading
 from ghoststore.store.part.encoding import Encoding, encoding
 from ghoststore.store.part.layout import PartLayout
 from ghoststore.store.part.status import FIRST_UNUSABLE, Status
+from ghoststore.store.part.stream import StreamEntry, read_entry, stream_table, with_length
 from ghoststore.store.spans.gathered import gather
-from ghoststore.store.spans.group import Spanned, create, create_array, in_memory
+from ghoststore.store.spans.group import LARGEST_ARRAY_METADATA, Spanned, create, create_array, in_memory
+from ghoststore.store.spans.layout import ArraySpec
 from ghoststore.store.spans.reader import read_span
 
 SPAN_TABLE = "span_start"
@@ -41,6 +46,64 @@ class Part(Spanned[PartLayout]):
 
     kind = PART
     unit = "rows"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.seen_last: StreamEntry | None = None
+        """Of an open part what its last committed span says; None without one, and for other parts."""
+        if self.layout.stream == OPEN:
+            self._see_stream()
+
+    def _see_stream(self) -> None:
+        """Take what is known of a stream by now from the entry of the last committed span."""
+        self.grows, size = True, self.layout.span_rows
+        if not self.spans:
+            self.grow(size)
+            return
+        self.seen_last = last = read_entry(self, self.spans[-1])
+        before = self.spans[-1] * size
+        if not before < last.rows <= before + size or (last.rows < before + size and not last.ended):
+            raise CorruptError(f"{self.path}: span {self.spans[-1]} of its stream ends at row {last.rows}, it says")
+        # One span more than are committed: a part whose end is not known is not complete.
+        self.grow(last.rows if last.ended else last.rows + size)
+        known = {"fingerprint": last.fingerprint, "samples": last.rows, "domains": list(last.domains) or None}
+        self.manifest = {**self.manifest, "corpus": {**self.manifest["corpus"], **known}}
+
+    def grow(self, rows: int) -> None:
+        """Make room for ``rows`` rows in an open part."""
+        self.layout = replace(self.layout, rows=rows)
+        self.manifest = {**self.manifest, "storage": {**self.manifest["storage"], "rows": rows}}
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the manifest; of a part of a stream of that at its beginning. It is the same while a part grows,
+        and another if the part was removed and built anew.
+        """
+        return json_digest(as_begun(self.manifest))
+
+    @property
+    def open(self) -> bool:
+        """Whether it is built from a stream whose end was not seen yet."""
+        return self.layout.stream == OPEN and not self.complete
+
+    def digest_of(self, name: str, data: bytes) -> str:
+        # The length of arrays of an open part is replaced at its end, and either is sound.
+        if self.layout.stream == OPEN and (spec := self._specs.get(name.removesuffix("/zarr.json"))) is not None:
+            data = with_length(data, spec.count(open_rows(self.layout.span_rows)))
+        return super().digest_of(name, data)
+
+    @cached_property
+    def _specs(self) -> dict[str, ArraySpec]:
+        return {spec.name: spec for spec in self.layout.arrays()}
+
+    def check_file(self, name: str) -> None:
+        if self.layout.stream == OPEN and name.removesuffix("/zarr.json") in self._specs:
+            self._refuse_outside(name)
+            with reading(self.path / name), suppress(FileNotFoundError, ValueError):
+                data = read_bounded(self.path / name, LARGEST_ARRAY_METADATA, self.path)
+                if self.digest_of(name, data) == self.files.get(name):
+                    return
+        super().check_file(name)
 
     @classmethod
     def layout_of(cls, storage: Mapping[str, Any]) -> PartLayout:
@@ -147,8 +210,10 @@ class Part(Spanned[PartLayout]):
 
 
 def span_table(part: Part) -> NDArray[np.int64]:
-    """(spans, 5): source row, window, file, byte offset and content digest at the start of each span."""
-    return fixed_array(part, SPAN_TABLE)
+    """(spans, 5): source row, window, file, byte offset and content digest at the start of each span; of an open part
+    of each committed one.
+    """
+    return stream_table(part) if part.layout.stream == OPEN else fixed_array(part, SPAN_TABLE)
 
 
 def fixed_array(part: Part, name: str) -> NDArray[Any]:
@@ -181,19 +246,20 @@ def create_fixed(group: zarr.Group, name: str, like: NDArray[Any]) -> zarr.Array
 
 
 def create_part(
-    path: Path, manifest: Manifest, spans: NDArray[np.int64], fixed: Mapping[str, NDArray[Any]] | None = None
+    path: Path, manifest: Manifest, spans: NDArray[np.int64] | None, fixed: Mapping[str, NDArray[Any]] | None = None
 ) -> Part:
     """Make an empty part in one step: it appears whole or not at all. If it exists, open it.
 
-    ``spans`` is the :func:`span_table`; ``fixed`` holds further arrays, see :func:`fixed_array`.
+    ``spans`` is the :func:`span_table`, None for an open part; ``fixed`` holds further arrays, see :func:`fixed_array`.
     """
     layout = PartLayout.of(manifest["storage"])
 
     def fill(group: zarr.Group) -> None:
-        for name, values in {SPAN_TABLE: spans, **(fixed or {})}.items():
+        table = {} if spans is None else {SPAN_TABLE: spans}
+        for name, values in {**table, **(fixed or {})}.items():
             create_fixed(group, name, values)[...] = values
         for spec in layout.arrays():
-            create_array(group, spec, layout.length)
+            create_array(group, spec, spec.count(layout.length))
 
     create(path, manifest, fill)
     return Part(path)

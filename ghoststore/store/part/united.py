@@ -43,6 +43,7 @@ class UnitedLayout(PartLayout):
         last_start, last_stop = members[-1].span_of(members[-1].spans - 1)
         shared = {field.name: getattr(longest, field.name) for field in fields(PartLayout)}
         shared["rows"] = (first[-1] - 1) * longest.span_rows + last_stop - last_start
+        shared["stream"] = None  # it is read as one that has ended, or never was one
         shared["store_text"] = all(layout.store_text for layout in members)
         return cls(**shared, members=tuple(members), first=first)
 
@@ -168,6 +169,10 @@ class UnitedPart(Part):
     def refuse_hollow(self) -> None:
         for part in self._members:
             part.refuse_hollow()
+
+    @property
+    def identity(self) -> str:
+        return json_digest([part.identity for part in self._members])
 
     def fingerprint(self) -> str:
         return json_digest([part.fingerprint() for part in self._members])

@@ -18,7 +18,7 @@ from zarr.storage import MemoryStore
 
 from ghoststore.errors import CorruptError, GhostStoreError, StorageError, UsageError
 from ghoststore.store.base.disk import create_whole
-from ghoststore.store.base.manifest import Kind, Manifest, attributes_of, manifest_of
+from ghoststore.store.base.manifest import MOST_SPANS, Kind, Manifest, attributes_of, manifest_of
 from ghoststore.store.base.object_path import ObjectPath, at_once
 from ghoststore.store.base.objects import side_by_side
 from ghoststore.store.base.opening import (
@@ -37,8 +37,6 @@ from ghoststore.store.spans.soundness import damaged, exact_commit, record_name
 LARGEST_METADATA = 64 << 20
 MOST_CHUNKS = 1 << 17
 """Most chunks of an array in a span: the record names them all."""
-MOST_SPANS = 100_000_000
-"""The name of a record has eight digits for the span."""
 LARGEST_ARRAY_METADATA = 1 << 20
 FEW_ROWS = 1 << 24
 MOST_TIMES = 64
@@ -92,6 +90,8 @@ class Spanned(ABC, Generic[L]):
     kind: ClassVar[Kind]
     unit: ClassVar[str]
     """The unit of the first axis, in the plural."""
+    grows: bool = False
+    """Whether its length is not known yet: its arrays are longer."""
     ahead: ReadAhead | None = None
     """Reads chunks of an object store before they are needed, while somebody scans them."""
     warm: WarmChunks | None = None
@@ -105,6 +105,8 @@ class Spanned(ABC, Generic[L]):
         """SHA-256 by path of every file that is written when it is made, except ``zarr.json``."""
         attributes = read_attributes(path, self.kind.name)
         self.manifest, self.files = manifest_of(attributes, str(path / "zarr.json"), self.kind)
+        self.recorded = self.manifest
+        """The manifest as it is on the disk: that of an open part lacks what is known of its stream by now."""
         try:
             self.layout: L = self.layout_of(self.manifest["storage"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -216,6 +218,10 @@ class Spanned(ABC, Generic[L]):
                 return spec
         raise UsageError(f"{self.kind.name} {self.name!r} has no array {name!r}")
 
+    def digest_of(self, name: str, data: bytes) -> str:
+        """The SHA-256 that one of ``files`` has with the bytes ``data``."""
+        return hashlib.sha256(data).hexdigest()
+
     def check_file(self, name: str) -> None:
         """CorruptError unless ``name`` is one of ``files`` and has the bytes that were written."""
         self._refuse_outside(name)
@@ -235,7 +241,7 @@ class Spanned(ABC, Generic[L]):
         if spec.name not in self._arrays:
             shape, chunks = (length, *spec.columns), (spec.chunk_rows, *spec.columns)
             array = self.open_zarr(spec.name)
-            if array.shape != shape or array.chunks != chunks:
+            if array.shape[self.grows :] != shape[self.grows :] or array.chunks != chunks:
                 raise CorruptError(
                     f"array {self.path / spec.name} has shape {array.shape} in chunks of {array.chunks}; the "
                     f"manifest says {shape} in chunks of {chunks}"
@@ -260,7 +266,7 @@ class Spanned(ABC, Generic[L]):
             data = read_bounded(self.path / name, largest, self.path)
         except FileNotFoundError:
             data = b""
-        if hashlib.sha256(data).hexdigest() != self.files.get(name):
+        if self.digest_of(name, data) != self.files.get(name):
             self.check_file(name)  # says what is wrong
             raise CorruptError(f"{self.path / name} changed while it was read")
         return data

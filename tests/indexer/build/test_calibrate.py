@@ -20,7 +20,8 @@ from ghoststore.progress import Silent
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store.part.status import Status
 from indexer.build import calibrate as module
-from indexer.build.calibrate import calibrate
+from indexer.build.calibrate import axis_lengths, calibrate
+from indexer.build.leading import Leading
 from indexer.encode.tokens import Row
 from indexer.projection.adam import SideScales
 from indexer.projection.calibration import Calibration
@@ -155,6 +156,25 @@ def test_principal_sides_are_leading_eigenvectors(scaled: bool) -> None:
             captured = torch.einsum("kn,nm,km->k", rows_KN, moment, rows_KN)
             torch.testing.assert_close(captured, best, rtol=1e-4, atol=1e-5 * float(best[0]))
             assert bool((rows_KN.gather(1, rows_KN.abs().argmax(1, keepdim=True)) > 0).all())
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"kind": "pca", "precondition": "none"}, {"precondition": "none"}], ids=["default", "pca", "plain"]
+)
+def test_the_axes_that_an_estimate_counts_are_those_that_are_learned(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, made = small(), list[tuple[int, int]]()
+    plan, whole = plan_of(model, **settings), Leading.__init__
+
+    def begun(self: Leading, key: str, n: int, k: int, device: torch.device) -> None:
+        made.append((n, k))
+        whole(self, key, n, k, device)
+
+    monkeypatch.setattr(Leading, "__init__", begun)
+    if plan.calibrated:
+        learn(model, plan, some_rows())
+    assert sorted(axis_lengths(plan)) == sorted(made)
 
 
 def test_order_batches_and_unusable_rows_do_not_matter() -> None:

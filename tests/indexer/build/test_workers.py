@@ -67,7 +67,6 @@ class Killing(Silent):
     ("at", "most"),
     [
         ("building", 2),
-        pytest.param("", 0, marks=pytest.mark.slow),
         pytest.param("learning", 1, marks=pytest.mark.slow),
     ],
 )
@@ -84,9 +83,12 @@ def test_as_one_process(lab: Lab, built: Path, tmp_path: Path, at: str, most: in
 
 @pytest.mark.slow
 def test_resumed(lab: Lab, built: Path, tmp_path: Path) -> None:
-    """Spans that are there are not built again, by however many."""
-    store = tmp_path / "store"
-    build(lab, store, workers=3)
+    """None dies; and spans that are there are not built again, by however many."""
+    store, listener = tmp_path / "store", Killing("", 0)
+    report = build(lab, store, workers=3, progress=listener)
+    assert lab.tree(store) == lab.tree(built)
+    assert listener.rows == len(lab.rows) == report.rows_built
+    assert not any("another takes its place" in note for note in listener.notes)
     unbuild(ghoststore.Store.open(store).part(), 1, 2)
     report = build(lab, store)
     assert (report.rows_built, report.resumed_rows) == (12, len(lab.rows) - 12)

@@ -95,31 +95,49 @@ def vars_of(hit: Any) -> dict[str, Any]:
     return {name: getattr(hit, name) for name in hit.__dataclass_fields__}
 
 
-@pytest.mark.thin(4)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("metric", ["dot", "cosine"])
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"bottom_k": 5, "top_k": 7},
+    {"each": True},
+    {"group_field": "task"},
+    {"group_field": "task", "combine": "max"},
+    {"group_field": "task", "combine": "rank-fusion"},
+    {"precondition": "second-moment"},
+    {"each": True, "precondition": "second-moment", "damping": 1.0},
+    {"minus": True},
+    {"where": "domain = 'cloud' OR source = 's1'"},
+    {"where": "n_tokens > 14 AND status = 'ok'"},
+    {"lexical": 0.4},
+    {"lexical": 0.4, "minus": True},
+    {"layers": ("mlp",)},
+    {"rerank": 20, "top_k": 5, "bottom_k": 3},
+    {"rerank": 20, "top_k": 5, "rerank_with": "vectors"},
+    {"rerank": 12, "top_k": 5, "rerank_with": "ekfac", "rerank_samples": 10},
+]
+CASES = [
+    # Every setting by both metrics, each on a dtype, and so that they go round; the plain question on all.
+    *(
+        (DTYPES[(place + step) % 3], metric, settings)
+        for place, settings in enumerate(SETTINGS)
+        for step, metric in enumerate(("dot", "cosine"))
+    ),
+    *(
+        (dtype, metric, {})
+        for dtype, metric in (("int8", "dot"), ("onebit", "dot"), ("float32", "cosine"), ("onebit", "cosine"))
+    ),
+]
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("dtype", "metric", "settings"),
     [
-        {},
-        {"bottom_k": 5, "top_k": 7},
-        {"each": True},
-        {"group_field": "task"},
-        {"group_field": "task", "combine": "max"},
-        {"group_field": "task", "combine": "rank-fusion"},
-        {"precondition": "second-moment"},
-        {"each": True, "precondition": "second-moment", "damping": 1.0},
-        {"minus": True},
-        {"where": "domain = 'cloud' OR source = 's1'"},
-        {"where": "n_tokens > 14 AND status = 'ok'"},
-        {"lexical": 0.4},
-        {"lexical": 0.4, "minus": True},
-        {"layers": ("mlp",)},
-        {"rerank": 20, "top_k": 5, "bottom_k": 3},
-        {"rerank": 20, "top_k": 5, "rerank_with": "vectors"},
-        {"rerank": 12, "top_k": 5, "rerank_with": "ekfac", "rerank_samples": 10},
+        pytest.param(
+            *case,
+            id=f"{case[0]}-{case[1]}-{'-'.join(map(str, case[2].values()))}",
+            marks=[] if place % 9 == 0 else [pytest.mark.slow],
+        )
+        for place, case in enumerate(CASES)
     ],
-    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
 def test_equals_one_part_of_all_rows(folder: Path, dtype: str, metric: str, settings: dict[str, Any]) -> None:
     same(folder, dtype, metric=metric, **settings)

@@ -1,0 +1,173 @@
+"""Reading an object by ranges: a file that is large, read from its beginning or in places.
+
+:class:`ObjectFile` asks for all bytes up to the end. That is right for the files of a store, which are small and read
+whole. A corpus is neither: a text is a few kilobytes somewhere in it, and a pass over it takes minutes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import RawIOBase
+from typing import Any
+
+from ghoststore.errors import MismatchError, StorageError
+from ghoststore.store.base.object_path import ObjectPath
+from ghoststore.store.base.objects import IN_FLIGHT, Found
+
+SMALLEST = 32 << 10
+"""Bytes of the first request in a place. Each that follows on asks for four times as many, up to LARGEST."""
+LARGEST = 4 << 20
+AHEAD = 8
+"""Requests of LARGEST bytes that are under way while a file is read on; docs/object-storage.md has the figures."""
+
+
+class RangedFile(RawIOBase):
+    """An object, open for reading by ranges. It is one version of the object: another one is a MismatchError.
+
+    FileNotFoundError, when it is first read, if there is no such object; StorageError as :class:`Objects`.
+    """
+
+    def __init__(self, path: ObjectPath) -> None:
+        self.path = path
+        self._found: Found | None = None
+        """What the first answer said of the object."""
+        self._position = 0
+        self._begin, self._bytes = 0, memoryview(b"")
+        """The bytes that are there, and the place of the first of them."""
+        self._next = SMALLEST
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: deque[tuple[int, Future[bytearray]]] = deque()
+        """(place, answer) of the requests under way, in the order in which they are needed."""
+        self._expected: deque[int] = deque()
+        self._each = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of the object."""
+        if self._found is None:
+            self._same(self.path.objects.head(self.path.key))
+        assert self._found is not None
+        return self._found.size
+
+    def expect(self, places: Iterable[int], each: int) -> None:
+        """Say where, in ascending order, about ``each`` bytes will be read: several requests are then under way."""
+        self._expected, self._each = deque(places), each
+        self._look_ahead()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = self.size if whence == os.SEEK_END else self._position if whence == os.SEEK_CUR else 0
+        self._position = start + offset
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        """``size`` bytes, and fewer only at the end, as from a file on a disk."""
+        if size is None or size < 0:
+            size = max(0, self.size - self._position)
+        parts: list[bytes] = []
+        while size > 0 and (part := self._take(size, size)):
+            parts.append(bytes(part))
+            size -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        part = self._take(len(view), 0)
+        view[: len(part)] = part
+        return len(part)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        super().close()
+
+    def _take(self, most: int, wanted: int) -> memoryview:
+        """At most ``most`` bytes from the position on, none at the end. A new request asks for ``wanted`` at least."""
+        at = self._position - self._begin
+        if not 0 <= at < len(self._bytes):
+            listed = self._found or self.path.listed
+            if (listed is None or self._position >= listed.size) and self._position >= self.size:
+                return memoryview(b"")  # no range of bytes begins there
+            self._request(wanted)
+            at = 0
+        part = self._bytes[at : at + most]
+        self._position += len(part)
+        return part
+
+    def _request(self, wanted: int) -> None:
+        """Have the bytes at the position."""
+        place = self._position
+        follows = place == self._begin + len(self._bytes)
+        if not follows:
+            self._next = SMALLEST
+        while self._ahead and (self._ahead[0][0] < place or not (follows or self._each)):  # not needed after all
+            self._ahead.popleft()[1].cancel()
+        if self._ahead and self._ahead[0][0] == place:
+            data = self._ahead.popleft()[1].result()
+        else:
+            stop = place + max(self._next, wanted)
+            data = self._fetch(place, min(stop, self._ahead[0][0]) if self._ahead else stop)
+        self._begin, self._bytes = place, memoryview(data)
+        self._next = min(self._next * 4, LARGEST)
+        self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        """Ask for what will be read after the bytes that are there: expected places, or all that follows."""
+        end = self._begin + len(self._bytes)
+        if self._each:
+            while self._expected and len(self._ahead) < IN_FLIGHT:
+                place = self._expected.popleft()
+                # Not what is there already, and nothing beyond the end of an object that has become shorter.
+                if (self._ahead[-1][0] + self._each if self._ahead else end) <= place < self.size:
+                    self._submit(place, self._each)
+        elif self._next == LARGEST:
+            place = self._ahead[-1][0] + LARGEST if self._ahead else end
+            while len(self._ahead) < AHEAD and place < self.size:
+                self._submit(place, LARGEST)
+                place += LARGEST
+
+    def _submit(self, place: int, count: int) -> None:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(IN_FLIGHT, "ghoststore-ranges")
+        self._ahead.append((place, self._pool.submit(self._fetch, place, place + count)))
+
+    def _fetch(self, start: int, stop: int) -> bytearray:
+        objects = self.path.objects
+        if self._found is not None:
+            stop = min(stop, self._found.size)
+        found, pieces = objects.get(self.path.key, start, stop)
+        self._same(found)
+        data = bytearray(max(0, min(stop, found.size) - start))
+        view, filled = memoryview(data), 0
+        for piece in pieces:  # copied one by one: joined they would be in memory twice
+            part = memoryview(piece).cast("B")
+            if len(part) > len(data) - filled:
+                raise StorageError(f"cannot read {self.path}: the answer has more bytes than were asked for")
+            view[filled : filled + len(part)] = part
+            filled += len(part)
+        if filled != len(data):
+            raise StorageError(f"cannot read {self.path}: the answer ends at byte {start + filled:,}")
+        return data
+
+    def _same(self, found: Found) -> None:
+        if self._found is None:
+            self._found = found
+        elif self._found.version != found.version:
+            raise MismatchError(f"{self.path} was written again while it was read: run the same command again")
+
+
+def expecting(file: Any, places: Iterable[int], each: int = SMALLEST) -> None:
+    """:meth:`RangedFile.expect` of the file under a buffer; nothing for others."""
+    if isinstance(raw := getattr(file, "raw", file), RangedFile):
+        raw.expect(places, each)
