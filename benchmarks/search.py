@@ -74,7 +74,11 @@ def manifest_of(rows: int, dimension: int, dtype: str) -> dict[str, Any]:
         "store_text": False,
     }
     empty: dict[str, Any] = {
-        section: {name: _least(types) for name, types in PART.entries.get(section, {}).items() if "." not in name}
+        section: {
+            name: _least(types)
+            for name, types in PART.entries.get(section, {}).items()
+            if "." not in name and f"{section}.{name}" not in PART.optional
+        }
         for section in (*PART.identity, *PART.description)
     }
     return {**empty, "layers": [], "storage": storage}
