@@ -205,6 +205,11 @@ def load_model(
             f"checkpoint {checkpoint.where}: {type(model).__name__} has an encoder and a decoder, and a causal "
             "language model is expected here; `ghoststore build`, `query` of its parts and `full-gradients` take it"
         )
+    if device == "cpu" and getattr(model.config, "_attn_implementation", None) == "flex_attention":
+        raise UsageError(
+            "`attn_implementation` 'flex_attention' has no backward pass on a CPU: give `attn_implementation=sdpa` or "
+            "eager, or a GPU with `device=cuda`"
+        )
     model = model.to(device).eval()
     try:
         refuse_lookahead(model, checkpoint.where)

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ghoststore.errors import CheckpointError, GhostStoreError, MismatchError, StorageError
+from ghoststore.errors import CheckpointError, GhostStoreError, MismatchError, StorageError, UsageError
 from ghoststore.store.base.disk import NO_LOCKS, create_whole, remove, storage_errors
 from ghoststore.store.base.object_path import ObjectPath, cache_folder, location
 from ghoststore.store.base.objects import Found, side_by_side
@@ -88,7 +88,10 @@ def naming_address(folder: Path) -> Iterator[None]:
 
 
 def _address_of(path: Path) -> str | None:
-    copies = cache_folder() / "checkpoints"
+    try:
+        copies = cache_folder() / "checkpoints"
+    except UsageError:  # where there can be no cache, nothing is a copy
+        return None
     for folder in (path.parent, path.parent.parent):
         if folder.parent.parent == copies:
             with suppress(OSError, ValueError, KeyError):

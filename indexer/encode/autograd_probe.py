@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from indexer.encode.forward_probe import Call, CannotRun
-from indexer.encode.modes import buffers_kept, device_type, devices_of
+from indexer.encode.modes import buffers_kept, device_type, devices_of, uncompiled
 from indexer.encode.sample_axis import can_be_cut, taken
 from indexer.layers.call import tensors_in
 from indexer.projection.matrices import Projection
@@ -102,7 +102,7 @@ def differing(
     expected = AutogradBlocks(model, projection)
     parameters = expected.parameters()
     autocast = torch.autocast(device_type(model), dtype=call.autocast, enabled=call.autocast is not None)
-    with buffers_kept(model), attributes_kept(model):
+    with uncompiled(), buffers_kept(model), attributes_kept(model):
         try:
             for parameter in parameters:
                 parameter.requires_grad_(True)

@@ -29,6 +29,7 @@ from indexer.encode.modes import (
     evaluating,
     outside_graphs,
     reseed,
+    uncompiled,
 )
 from indexer.encode.sample_axis import (
     COMPANY_TOLERANCE,
@@ -115,7 +116,7 @@ def strangers(
     """
     probe = _Probe(model, call, batch, layers)
     autocast = torch.autocast(device_type(model), dtype=call.autocast, enabled=call.autocast is not None)
-    with buffers_kept(model), torch.no_grad(), autocast:
+    with uncompiled(), buffers_kept(model), torch.no_grad(), autocast:
         with evaluating(model):
             probe.follow(outputs=outputs, absent=ABSENT)
         if model.training and probe.differs() and not probe.random():

@@ -9,7 +9,8 @@ import torch
 import transformers as tf
 
 from ghoststore.checkpoint.load import find_checkpoint, load_model, max_positions
-from ghoststore.errors import CheckpointError
+from ghoststore.errors import CheckpointError, UsageError
+from tests.support.models import llama
 
 
 @pytest.mark.parametrize("positions", [1, 2, 4, 6, 8])
@@ -37,3 +38,11 @@ def test_models_of_few_positions_that_see_ahead(positions: int, tmp_path: Path) 
     tf.BertLMHeadModel(config).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="is not causal"):
         load_model(find_checkpoint(tmp_path))
+
+
+def test_a_kernel_without_a_backward_pass_here(tmp_path: Path) -> None:
+    """It was torch's NotImplementedError, in the first batch."""
+    llama(layers=1).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="'flex_attention' has no backward pass on a CPU"):
+        load_model(find_checkpoint(tmp_path), attn_implementation="flex_attention")
+    assert load_model(find_checkpoint(tmp_path), attn_implementation="sdpa").config._attn_implementation == "sdpa"

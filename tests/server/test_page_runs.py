@@ -111,7 +111,7 @@ def test_a_training_appears_while_it_is_watched(page: Any, lab: Lab, tmp_path: P
             *("train", "--checkpoint", lab.checkpoint, "--data", lab.corpus, "--val-set", lab.corpus, "--store", store),
             *("--output-dir", tmp_path / "out", "--name", "live", "--max-steps", "60", "--batch-size", "4", "--quiet"),
         )
-        page.get_by_role("link", name="live").click()
+        page.get_by_role("link", name="live").click(timeout=120_000)
         page.locator(".badge.finished").wait_for(timeout=120_000)
         page.get_by_text("60 of 60").wait_for()
         outcome = lab.wait(pid)

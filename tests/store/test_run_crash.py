@@ -127,7 +127,7 @@ def test_killed_again_and_again(lab: Lab, whole: dict[str, bytes], tmp_path: Pat
 @pytest.mark.parametrize(
     ("moment", "error", "words"),
     [
-        (moment, *(("ENOSPC", "no space is left"), ("EIO", "Input/output error"))[place % 2])
+        (moment, *(("EIO", "Input/output error"), ("ENOSPC", "no space is left"))[place % 2])
         for place, moment in enumerate(MOMENTS)
     ],
 )

@@ -280,9 +280,15 @@ def refuse_objects(place: str | Path | None, parameter: str, what: str, advice: 
 
 
 def cache_folder() -> Path:
-    """The folder of this user on this machine for what can be had again: copies, and what was computed."""
+    """The folder of this user on this machine for what can be had again: copies, and what was computed.
+
+    UsageError if there is neither the variable nor a home.
+    """
     variable = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(variable) if os.path.isabs(variable) else Path.home() / ".cache"
+    try:
+        folder = Path(variable) if os.path.isabs(variable) else Path.home() / ".cache"
+    except RuntimeError:
+        raise UsageError("this user has no home folder: set XDG_CACHE_HOME to a folder for caches") from None
     return folder / "ghoststore"
 
 

@@ -39,7 +39,7 @@ class RangedFile(RawIOBase):
         """The bytes that are there, and the place of the first of them."""
         self._next = SMALLEST
         self._pool: ThreadPoolExecutor | None = None
-        self._ahead: deque[tuple[int, Future[bytes]]] = deque()
+        self._ahead: deque[tuple[int, Future[bytearray]]] = deque()
         """(place, answer) of the requests under way, in the order in which they are needed."""
         self._expected: deque[int] = deque()
         self._each = 0
@@ -128,7 +128,8 @@ class RangedFile(RawIOBase):
         if self._each:
             while self._expected and len(self._ahead) < IN_FLIGHT:
                 place = self._expected.popleft()
-                if place >= (self._ahead[-1][0] + self._each if self._ahead else end):
+                # Not what is there already, and nothing beyond the end of an object that has become shorter.
+                if (self._ahead[-1][0] + self._each if self._ahead else end) <= place < self.size:
                     self._submit(place, self._each)
         elif self._next == LARGEST:
             place = self._ahead[-1][0] + LARGEST if self._ahead else end
@@ -141,15 +142,22 @@ class RangedFile(RawIOBase):
             self._pool = ThreadPoolExecutor(IN_FLIGHT, "ghoststore-ranges")
         self._ahead.append((place, self._pool.submit(self._fetch, place, place + count)))
 
-    def _fetch(self, start: int, stop: int) -> bytes:
+    def _fetch(self, start: int, stop: int) -> bytearray:
         objects = self.path.objects
         if self._found is not None:
             stop = min(stop, self._found.size)
         found, pieces = objects.get(self.path.key, start, stop)
         self._same(found)
-        data = b"".join(pieces)
-        if len(data) != min(stop, found.size) - start:
-            raise StorageError(f"cannot read {self.path}: the answer ends at byte {start + len(data):,}")
+        data = bytearray(max(0, min(stop, found.size) - start))
+        view, filled = memoryview(data), 0
+        for piece in pieces:  # copied one by one: joined they would be in memory twice
+            part = memoryview(piece).cast("B")
+            if len(part) > len(data) - filled:
+                raise StorageError(f"cannot read {self.path}: the answer has more bytes than were asked for")
+            view[filled : filled + len(part)] = part
+            filled += len(part)
+        if filled != len(data):
+            raise StorageError(f"cannot read {self.path}: the answer ends at byte {start + filled:,}")
         return data
 
     def _same(self, found: Found) -> None:

@@ -143,11 +143,15 @@ def test_the_encoder_leaves_the_checkpointing_of_the_user_on() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("make", [gpt2, llama])
-def test_compiled_model(make: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("make", "batches"),
+    # A batch of another shape is compiled again, GPT-2 as four graphs where Llama is two.
+    [(gpt2, [examples((9, 4, 6))]), (llama, [examples((9, 4, 6)), examples((8, 8))])],
+    ids=["gpt2", "llama"],
+)
+def test_compiled_model(make: Callable[..., Any], batches: list[Any]) -> None:
     model = make(layers=1)
     config = ProjectionConfig(layers=("all",), rank_total=16, compress=30)
-    batches = [examples((9, 4, 6)), examples((8, 8))]
     expected = [vectors_of(model, config, batch) for batch in batches]
     compiled = torch.compile(model, backend="aot_eager")
     with GradProjLoraEngine(compiled, config) as engine:

@@ -18,8 +18,10 @@ pytestmark = pytest.mark.slow
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # Settings of the Trainer, and of the callback.
-    "accumulation": ({"gradient_accumulation_steps": 2}, {"per_layer": True}),
-    "evaluation": ({"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}, {"val_refresh_interval": 2}),
+    "accumulation-evaluation": (
+        {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True},
+        {"per_layer": True, "val_refresh_interval": 2},
+    ),
     "bf16": ({"bf16": True}, {}),
     "chosen": ({}, {"choosing": Choosing(keep=2)}),
 }

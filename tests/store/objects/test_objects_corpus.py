@@ -269,6 +269,9 @@ def test_places_that_overlap_or_lie_after_long_rows(bucket: Bucket, tmp_path: Pa
         at = [Position(source_row=row, file=file, offset=offset) for row, file, offset, _ in chosen]
         fetched = corpus.fetch(at)
         assert {row: x.digest() for row, x in fetched.items()} == {row: digest for row, _, _, digest in chosen}
+    beyond = [Position(source_row=900 + place, file=0, offset=len(data) + place) for place in (0, 9)]
+    last = Position(source_row=expected[-1][0], file=0, offset=expected[-1][2])
+    assert list(corpus.fetch([*beyond, last])) == [last.source_row]
 
 
 def test_an_answer_that_breaks_off_is_continued(bucket: Bucket, corpora: Corpora) -> None:

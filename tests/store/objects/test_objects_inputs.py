@@ -21,6 +21,7 @@ from ghoststore.checkpoint.objects import UNUSED_SECONDS
 from ghoststore.errors import CheckpointError, MismatchError, StorageError, UsageError
 from ghoststore.store import Store
 from ghoststore.store.base.object_path import cache_folder, location
+from tests.support.adapters import save_adapter
 from tests.support.nanogpt import gpt, save, write_stream
 from tests.support.object_server import KEY, SECRET, Request, contents, first
 
@@ -120,6 +121,18 @@ def test_a_build_has_the_bytes_of_one_from_a_disk(bucket: Bucket, inputs: Path, 
         shards = {name: data for name, data in bucket.lab.tree(tokens).items() if name != "shards.json"}
         answers.append((results, out.read_bytes(), shards))
     assert answers[0] == answers[1]
+
+
+def test_a_stream_of_them_is_read_once(bucket: Bucket, inputs: Path, tmp_path: Path) -> None:
+    build(tmp_path / "here", inputs, stream=True)
+    bucket.server.reset()
+    build(tmp_path / "there", TREE, stream=True)
+    assert reads(bucket, "corpus/a.jsonl") == 3  # also for the fields, and, as it is small, for a pointer of Git LFS
+    assert reads(bucket, "corpus/b.jsonl") <= 2
+    here, there = (bucket.lab.tree(tmp_path / name) for name in ("here", "there"))
+    assert here.keys() == there.keys()
+    for name, data in here.items():
+        assert without_places(name, there[name]) == without_places(name, data)
 
 
 def test_texts_of_a_corpus_that_changed_are_not_shown(bucket: Bucket, inputs: Path, tmp_path: Path) -> None:
@@ -338,6 +351,21 @@ def test_a_training_of_them(bucket: Bucket, inputs: Path, tmp_path: Path) -> Non
         )
         weights.append(sorted(path.read_bytes() for path in out.rglob("model.safetensors")))
     assert weights[0] == weights[1] != []
+
+
+def test_an_adapter_and_its_base(bucket: Bucket, inputs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    put_all(save_adapter(tmp_path / "adapter", inputs / "model"), f"{TREE}/adapter")
+    given = {"name": "part", "adapter": "only"}
+    build(tmp_path / "here", inputs, **given, checkpoint=tmp_path / "adapter", base=inputs / "model")
+    build(tmp_path / "there", TREE, **given, checkpoint=f"{TREE}/adapter", base=f"{TREE}/model")
+    here, there = (bucket.lab.tree(tmp_path / name) for name in ("here", "there"))
+    assert {name for name in here if here[name] != there.get(name)} == {"parts/part/zarr.json"}
+    source = Store.open(tmp_path / "there").part().manifest["source"]
+    assert (source["checkpoint"], source["base"]) == (f"{TREE}/adapter", f"{TREE}/model")
+    val = inputs / "val.jsonl"
+    answers = [ghoststore.query(store=tmp_path / name, val_set=val, device="cpu") for name in ("here", "there")]
+    assert answers[0].to_json()["results"] == answers[1].to_json()["results"]
 
 
 def test_a_file_of_nanogpt(bucket: Bucket, tmp_path: Path) -> None:
