@@ -10,6 +10,7 @@ from ghoststore.settings.flags import entries_of, flag_words
 from ghoststore.settings.question import QueryOptions, QuotaOption, SelectOptions
 from ghoststore.settings.serve import ServeOptions
 from ghoststore.settings.shared import in_memory
+from ghoststore.settings.store import ExportOptions
 from ghoststore.shown import json_text
 
 MOST_CHARACTERS = 2000
@@ -33,17 +34,23 @@ def command_line(options: ServeOptions, question: Mapping[str, Any], kind: type 
         **{name: value for name, value in served.items() if not in_memory(value)},
         **{name: value for name, value in question.items() if name not in ("val_set", "minus")},
     }
-    words = ["ghoststore", "select" if kind is SelectOptions else "query"]
     quotas = given.pop("quotas") if isinstance(given.get("quotas"), Mapping) else {}
+    words = _words("select" if kind is SelectOptions else "query", kind, given)
+    (entry,) = entries_of(QuotaOption)
+    words += flag_words(entry, [f"{domain}={quota}" for domain, quota in quotas.items()])
+    line = " ".join(map(shlex.quote, words))
+    return f"printf '%s\\n' {' '.join(map(shlex.quote, rows))} | {line}" if rows and short else line
+
+
+def _words(command: str, kind: type, given: Mapping[str, Any]) -> list[str]:
+    """The words of a command line with the options ``given``, by parameter, which are of the class ``kind``."""
+    words = ["ghoststore", command]
     for entry in entries_of(kind):
         name = entry.spec.name
         if len(entry.path) > 1 or name not in given or given[name] in (None, entry.spec.default):
             continue
         words += flag_words(entry, given[name])
-    (entry,) = entries_of(QuotaOption)
-    words += flag_words(entry, [f"{domain}={quota}" for domain, quota in quotas.items()])
-    line = " ".join(map(shlex.quote, words))
-    return f"printf '%s\\n' {' '.join(map(shlex.quote, rows))} | {line}" if rows and short else line
+    return words
 
 
 def run_commands(options: ServeOptions, run: str) -> list[str]:
@@ -59,12 +66,10 @@ def sample_commands(options: ServeOptions, part: str, source_row: int, text: str
     """The commands for a shell that write a sample, with its text, fields and status; and that find its
     near-duplicates, itself among them.
     """
-    store, name = shlex.quote(str(options.store)), shlex.quote(part)
-    data = "" if options.data is None or in_memory(options.data) else f" --data {shlex.quote(str(options.data))}"
-    export = (
-        f"ghoststore export --store {store} --part {name}{data} --format datasets --unusable "
-        f"--where 'source_row = {source_row}' --out row-{source_row}"
-    )
+    data = None if in_memory(options.data) else options.data
+    row = {"where": f"source_row = {source_row}", "out": f"row-{source_row}"}
+    wanted = {"store": options.store, "part": part, "data": data, "format": "datasets", "unusable": True, **row}
+    export = shlex.join(_words("export", ExportOptions, wanted))
     duplicates = {"val_set": [text or ""], "part": part, "count": 1, "leaks": "keep", "out": "nearest.jsonl"}
     return export, command_line(options, duplicates, SelectOptions)
 

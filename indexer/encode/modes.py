@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -125,45 +125,6 @@ def is_compiled(model: nn.Module) -> bool:
 def is_compiled_itself(module: nn.Module) -> bool:
     """Whether ``module`` is the wrapper of ``torch.compile``, or was compiled in place."""
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-
-
-class Removable(Protocol):
-    """A hook that can be taken away."""
-
-    def remove(self) -> None:
-        """Take it away."""
-
-
-class _Restored:
-    """Gives a module, compiled in place, its own call back."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module, self._call = module, module._compiled_call_impl
-
-    def remove(self) -> None:
-        self._module._compiled_call_impl = self._call
-
-
-def around_calls(module: nn.Module, enter: Callable[[], None], leave: Callable[[], None]) -> list[Removable]:
-    """Call ``enter`` before and ``leave`` after each call of a compiled ``module``, outside of its graphs."""
-    if hasattr(module, "_orig_mod"):
-        return [
-            module.register_forward_pre_hook(lambda *_: enter()),
-            module.register_forward_hook(lambda *_: leave()),
-        ]
-    # Hooks of a module that was compiled in place are within its graph, or break it.
-    restored = _Restored(module)
-    call: Any = module._compiled_call_impl
-
-    def called(*args: Any, **kwargs: Any) -> Any:
-        enter()
-        try:
-            return call(*args, **kwargs)
-        finally:
-            leave()
-
-    module._compiled_call_impl = called
-    return [restored]
 
 
 def outside_graphs(handle: RemovableHandle) -> RemovableHandle:

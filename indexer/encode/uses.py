@@ -8,7 +8,6 @@ first batch cannot know, a branch that only a later batch takes, shows there.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch._C._autograd import _get_sequence_nr
 from torch.utils.hooks import RemovableHandle
 
-from indexer.encode.modes import Removable, around_calls, is_compiled_itself
+from indexer.encode.modes import is_compiled_itself
 from indexer.encode.sample_axis import unsupported
 from indexer.projection.plan import ProjectionPlan
 
@@ -93,11 +92,13 @@ class FrozenInCalls:
 
     ``parameters`` are those of each module by name. Nothing is kept for a backward pass that would not be kept
     otherwise, but for uses that are refused. Inside compiled graphs nothing can be frozen for a call: the parameters of
-    modules that run there are frozen while the compiled module around them is called, or, if that is not known, in the
-    whole batch.
+    modules that run there are frozen in the whole batch, once that is known.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Sequence[nn.Parameter]]) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[str, Sequence[nn.Parameter]], *, as_written: bool = False
+    ) -> None:
+        """``as_written``: nothing will run in a compiled graph."""
         self._model = model
         self._of = {name: [p for p in own if p.is_floating_point()] for name, own in parameters.items()}
         self._all = list({id(p): p for own in self._of.values() for p in own}.values())
@@ -109,27 +110,17 @@ class FrozenInCalls:
         """Whether a module was called in the open batch."""
         self.never_alone = False
         """Whether ``whole`` counts although the model itself is called: it does not run on one sample."""
-        self._in_graphs: set[str] = set()
+        self._in_graphs = set() if as_written else _compiled_among(model, self._of)
         """Modules that ran in compiled graphs in the last batch; before the first those that should."""
-        self._bounded: set[str] = set()
-        """Modules inside of compiled ones whose calls are seen."""
         self._watched: set[int] = set()
         """The parameters that are in the graph of the open batch where they are used outside calls."""
         self.traced: set[str] = set()
         self._eager: set[str] = set()
         """Modules that ran in the open batch in compiled graphs, and outside."""
 
-    def attach(self, given: nn.Module | None = None) -> list[Removable]:
-        """The hooks on the modules. Those of branches must come later, to stand before them.
-
-        ``given`` is what is called, perhaps the wrapper of ``torch.compile``; None where nothing will run in a graph.
-        """
-        handles: list[Removable] = [self._model.register_forward_pre_hook(self._model_called, prepend=True)]
-        for prefix, compiled in _compiled_in(self._model, given):
-            inside = {name for name in self._of if f"{name}.".startswith(prefix)}
-            self._bounded |= inside
-            self._in_graphs |= inside
-            handles += around_calls(compiled, partial(self._enter_graph, inside), partial(self._leave_graph, inside))
+    def attach(self) -> list[RemovableHandle]:
+        """The hooks on the modules. Those of branches must come later, to stand before them."""
+        handles = [self._model.register_forward_pre_hook(self._model_called, prepend=True)]
         for name, parameters in self._of.items():
             module = self._model.get_submodule(name)
             enter, leave = self._hooks(name, parameters)
@@ -144,7 +135,7 @@ class FrozenInCalls:
         self._open, self.whole, self._inside = True, whole, {}
         self._called = False
         self.traced, self._eager = set(), set()
-        hidden = self._ids_of(self._in_graphs - self._bounded)
+        hidden = self._ids_of(self._in_graphs)
         self._watched = {id(p) for p in self._all} - hidden if hidden else {id(p) for p in self._all}
         for parameter in self._all:
             if id(parameter) in self._watched:
@@ -174,7 +165,7 @@ class FrozenInCalls:
         """
         if self.whole or not self._open:
             return []  # a comparison with autograd shows them
-        watched = self._watched - self._ids_of(self.traced - self._bounded) if self.traced else self._watched
+        watched = self._watched - self._ids_of(self.traced) if self.traced else self._watched
         return list({id(tensor): tensor for tensor, _ in uses_in(losses) if id(tensor) in watched}.values())
 
     def _ids_of(self, names: Iterable[str]) -> set[int]:
@@ -183,31 +174,6 @@ class FrozenInCalls:
     def _model_called(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if module is self._model and not self.never_alone and not self._called:
             self.whole = False
-
-    def _freeze(self, parameters: Iterable[nn.Parameter]) -> None:
-        inside = self._inside
-        for parameter in parameters:
-            key = id(parameter)
-            if key in self._watched:
-                inside[key] = inside.get(key, 0) + 1
-                parameter.requires_grad_(False)
-
-    def _unfreeze(self, parameters: Iterable[nn.Parameter]) -> None:
-        inside = self._inside
-        for parameter in parameters:
-            key = id(parameter)
-            if key in self._watched:
-                inside[key] = inside.get(key, 1) - 1
-                if not inside[key]:
-                    parameter.requires_grad_(True)
-
-    def _enter_graph(self, names: set[str]) -> None:
-        if self._open and not self.whole:
-            self._freeze(p for name in sorted(names & self._in_graphs) for p in self._of[name])
-
-    def _leave_graph(self, names: set[str]) -> None:
-        if self._open and not self.whole:
-            self._unfreeze(p for name in sorted(names & self._in_graphs) for p in self._of[name])
 
     def _hooks(self, name: str, parameters: Sequence[nn.Parameter]) -> tuple[Any, Any]:
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -218,28 +184,31 @@ class FrozenInCalls:
             self._eager.add(name)
             if not self._open or self.whole:
                 return
-            self._freeze(parameters)
+            inside = self._inside
+            for parameter in parameters:
+                key = id(parameter)
+                if key in self._watched:
+                    inside[key] = inside.get(key, 0) + 1
+                    parameter.requires_grad_(False)
 
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if torch.compiler.is_dynamo_compiling() or not self._open or self.whole:
                 return
-            self._unfreeze(parameters)
+            inside = self._inside
+            for parameter in parameters:
+                key = id(parameter)
+                if key in self._watched:
+                    inside[key] = inside.get(key, 1) - 1
+                    if not inside[key]:
+                        parameter.requires_grad_(True)
 
         return enter, leave
 
 
-def _compiled_in(model: nn.Module, given: nn.Module | None) -> list[tuple[str, nn.Module]]:
-    """(how the names of the modules inside begin, compiled module): what was compiled, but nothing inside of that."""
-    if given is None:
-        return []
-    if given is not model:
-        return [("", given)]
-    found: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        if is_compiled_itself(module) and not any(prefix.startswith(outer) for outer, _ in found):
-            found.append((prefix, module))
-    return found
+def _compiled_among(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """The modules of ``names`` that stand in a module that was compiled."""
+    compiled = [f"{name}." if name else "" for name, module in model.named_modules() if is_compiled_itself(module)]
+    return {name for name in names if f"{name}.".startswith(tuple(compiled))}
 
 
 class CallWindows:

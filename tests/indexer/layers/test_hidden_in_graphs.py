@@ -218,27 +218,3 @@ def test_a_loop_that_calls_compiled_parts(*, scored: bool) -> None:
         model.blocks[0].on = False  # type: ignore[assignment]
         found = collected(vectors, run, X)
     assert relative_error(found, exact_vectors(model, vectors, X)) < 1e-5
-
-
-@pytest.mark.parametrize("way", [WHOLE, LAYERS, slow(IN_PLACE)])
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_use_beside_a_compiled_module(way: Way, when: str) -> None:
-    """The loop uses a weight whose module runs in a graph, and makes no graph for it."""
-    model = made()
-    given, run = way(model, "aot_eager")
-    layer = model.blocks[0].up
-
-    def beside(x: Tensor) -> Tensor:
-        x = x + F.linear(x, layer.weight) if when == "before" else x  # type: ignore[union-attr, arg-type]
-        y: Tensor = run(x)
-        return y + layer.weight.sum() if when == "after" else y  # type: ignore[union-attr, operator]
-
-    with GradProjLoraEngine(given, ALL, check=False, find_uses=True) as engine:
-        vectors = collected(engine, run, X)
-        assert not any(parameter.requires_grad for parameter in model.parameters())
-        with pytest.raises(CaptureError, match=rf"{SEEN_NOWHERE}.*blocks\.0\.up"):
-            collected(engine, beside, X)
-        again = collected(engine, run, X)
-    assert torch.equal(vectors, again)
-    assert relative_error(vectors, exact_vectors(model, engine, X)) < 1e-5
-    assert all(parameter.requires_grad for parameter in model.parameters())
