@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         self._optimizer: Any = None
         self._fp16 = False
         self._stack = ExitStack()
-        self._preparing = self._trained = False
+        self._own_passes = self._trained = False
         self._learning_rate = float("nan")
         self._begun = 0.0
 
@@ -305,7 +305,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         """Before a forward pass: take ``sample`` out; of a training batch, open the engine, or expect it to be chosen
         from.
         """
-        if self._preparing or (self._chooser is not None and self._chooser.scoring):
+        if self._own_passes or (self._chooser is not None and self._chooser.scoring):
             return
         places = kwargs.pop(self._field, None)
         session = self._session
@@ -336,14 +336,19 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         if self._chooser is not None:
             self._chooser.expect(Expected(rows, session.next_step, scale, arithmetic))
             return
-        self._preparing = True
+        with self._passes_of_its_own(), arithmetic:
+            session.prepare(
+                len(rows), rows=rows, labels=labels, tokens=labels.numel(), loss_scale=scale, segments=segments
+            )
+
+    @contextmanager
+    def _passes_of_its_own(self) -> Iterator[None]:
+        """The forward passes inside are the engine's, not the Trainer's."""
+        self._own_passes = True
         try:
-            with arithmetic:
-                session.prepare(
-                    len(rows), rows=rows, labels=labels, tokens=labels.numel(), loss_scale=scale, segments=segments
-                )
+            yield
         finally:
-            self._preparing = False
+            self._own_passes = False
 
     def _segments(self, kwargs: Mapping[str, Any], labels: Tensor, places: Any) -> Segments | None:
         """Of packed rows, which sample each position belongs to."""
@@ -374,7 +379,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     def _watch_loss(self, kwargs: Mapping[str, Any], output: Any) -> None:
         """After a forward pass: of a training batch, watch the loss that the model returned."""
         session = self._session
-        if self._preparing or session is None or session.batch is None:
+        if self._own_passes or session is None or session.batch is None:
             return
         try:
             watched = session.watch_own_loss(kwargs, output)
@@ -396,7 +401,8 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
                 "the Trainer's backward pass did not go through the loss that the model returned: it trains on another "
                 "one (compute_loss), whose samples cannot be scored by this callback; use GradDotProdEngine.watch()"
             )
-        self._session.collect()
+        with self._passes_of_its_own():  # a new compiled graph is looked at in one
+            self._session.collect()
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
