@@ -120,7 +120,7 @@ def test_a_training_appears_while_it_is_watched(page: Any, lab: Lab, tmp_path: P
         assert page.evaluate("window.same")
         page.locator(".samples a").first.click()  # of the very corpus of the part
         page.locator("#sample article.card").wait_for()
-        assert page.locator("#sample .id").text_content() in [row["id"] for row in lab.rows]
+        assert page.locator("#sample h2.id").text_content() in [row["id"] for row in lab.rows]
         assert page.said == []
 
 
