@@ -247,6 +247,7 @@ def row(model: str, way: str, found: dict[str, Any]) -> dict[str, str]:
         "before, CPU ms": f"{float(np.median(mine)) * 1e3:.1f}",
         "after": percent(log_ratios(found["cpu"], AFTER)),
         "before again": percent(log_ratios(found["cpu"], AGAIN)),
+        "a batch, ms": f"{extra(found):+.3f}",
         "page faults": " → ".join(
             f"{np.mean([run[name] for run in found['faults']]):,.0f}" for name in (BEFORE, AFTER)
         ),
