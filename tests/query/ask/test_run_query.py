@@ -18,66 +18,21 @@ import pytest
 
 import ghoststore
 from ghoststore import ProjectionConfig
-from ghoststore.errors import CorruptError, MismatchError, UsageError
+from ghoststore.errors import UsageError
 from ghoststore.store import Run, Store
 from query.common.rank_correlation import spearman
-from tests.support.harms import flip
+from tests.support.kept_runs import PLAIN, K, ask, at_checkpoint, kept_runs, scores, train
 from tests.support.parts import vectors_of
-from tests.support.runs import rewrite_manifest
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
 
-PLAIN = ProjectionConfig(rank_total=256, precondition="none")
-STILL: dict[str, Any] = {
-    "learning_rate": 1e-9,
-    "min_learning_rate_ratio": 1.0,
-    "warmup_steps": 0,
-    "weight_decay": 0.0,
-    "max_steps": 9,
-    "batch_size": 3,
-    "keep_gradients": 1,
-}
-"""A training that sees each of 27 rows once, at the same weights (to six digits)."""
-K = 30
-
 
 @pytest.fixture(scope="module")
 def folder(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``store`` with two runs: ``moving``, which keeps every other step, and ``still``."""
     folder = tmp_path_factory.mktemp("asked")
-    lab.write(folder / "val.jsonl", [row | {"id": f"v{i}"} for i, row in enumerate(lab.sample_rows(5, 5))])
-    train(lab, folder, "moving", max_steps=12, learning_rate=5e-3, keep_gradients=2, eval_interval=6)
-    train(lab, folder, "still", **STILL)
+    kept_runs(lab, folder)
     return folder
-
-
-def train(lab: Lab, folder: Path, name: str, **options: Any) -> None:
-    given = {"batch_size": 4, "val_batch_size": 3, "dot_prod_save_interval": 4, "projection": PLAIN, **options}
-    ghoststore.train(
-        data=lab.corpus,
-        val_set=folder / "val.jsonl",
-        store=folder / "store",
-        output_dir=folder / name,
-        name=name,
-        checkpoint=lab.checkpoint,
-        device="cpu",
-        **given,
-    )
-
-
-def ask(folder: Path, run: str = "moving", **options: Any) -> Any:
-    given = {"top_k": K, "text": False, "device": "cpu", **options}
-    return ghoststore.query(store=folder / "store", run=run, **given)
-
-
-def scores(result: Any, place: int = 0) -> dict[int, float]:
-    """By source row."""
-    return {hit.source_row: hit.score for hit in result.results[place].hits}
-
-
-def at_checkpoint(folder: Path, run: str = "moving", step: int = 6) -> dict[str, Any]:
-    return {"val_set": folder / "val.jsonl", "checkpoint": folder / run / f"checkpoint-{step}"}
 
 
 def run_of(folder: Path, name: str = "moving") -> Run:
@@ -422,86 +377,3 @@ def rows_of(exported: Path) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = pyarrow.parquet.read_table(exported).to_pylist()
         return rows
     return [json.loads(line) for line in (exported.parent / f"{exported.name}.rows.jsonl").read_text().splitlines()]
-
-
-def test_damage_is_never_an_answer(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder / "store", tmp_path / "store")
-    (chunk,) = (tmp_path / "store/runs/moving/gradient/c").rglob("0/0/0/0")
-    flip(chunk, chunk.stat().st_size // 2)
-    with pytest.raises(CorruptError, match=r"gradient/c/0/0/0/0 is damaged"):
-        ask(tmp_path)
-    assert [damage.file for damage in ghoststore.verify(tmp_path / "store").damage] == ["gradient/c/0/0/0/0"]
-
-
-@pytest.mark.thin(1)
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"gradients": {"projection": {"compress": None}, "layers": [{"name": "a"}]}},
-        {"gradients": {"projection": 5, "layers": []}},
-        {
-            "gradients": {
-                "projection": {"compress": None},
-                "layers": [{"name": "a", "type": "linear", "columns": [0, 9**9]}],
-            }
-        },
-    ],
-)
-def test_a_manifest_may_say_anything(folder: Path, wrong: dict[str, Any], tmp_path: Path) -> None:
-    shutil.copytree(folder / "store", tmp_path / "store")
-    rewrite_manifest(tmp_path / "store/runs/moving", lambda manifest: manifest["scoring"].update(wrong))
-    with pytest.raises(CorruptError, match="does not describe"):
-        ask(tmp_path, layers=("a",))
-    with pytest.raises(CorruptError, match="does not describe a projection"):
-        ask(tmp_path, **at_checkpoint(folder))
-    assert len(scores(ask(tmp_path))) > 0  # its own val gradients need neither
-
-
-def test_a_run_that_does_not_describe_its_projection(folder: Path, tmp_path: Path) -> None:
-    """It is taken for the default one, and refused where its hash says that it is not."""
-    shutil.copytree(folder / "store", tmp_path / "store")
-    rewrite_manifest(tmp_path / "store/runs/moving", lambda manifest: manifest["scoring"].pop("gradients"))
-    with pytest.raises(MismatchError, match="it is not the default one"):
-        ask(tmp_path, **at_checkpoint(folder))
-    with pytest.raises(UsageError, match="it has no scores by layer"):
-        ask(tmp_path, layers=("mlp",))
-
-
-def test_what_cannot_be_is_refused(folder: Path, lab: Lab, tmp_path: Path) -> None:
-    checkpoint = {"checkpoint": folder / "moving" / "checkpoint-6"}
-    val = {"val_set": folder / "val.jsonl"}
-    for options, words in (
-        (val, "give `checkpoint`, a checkpoint of that training"),
-        (checkpoint, "`checkpoint` is for a val set: give `val_set`"),
-        ({"each": True}, "`each` is for a val set"),
-        ({"part": "part"}, "`part` is for parts"),
-        ({"precondition": "second-moment"}, "`precondition=second-moment` is for parts"),
-        ({"index": "ann"}, "`index=ann` is for parts"),
-        ({"rerank": 5}, "`rerank` is for parts"),
-        ({"rerank_with": "cg"}, "`rerank_with=cg` is for parts"),
-        ({"cg_steps": 3}, "`cg_steps` is for parts"),
-        ({"index_name": "i"}, "`index_name` is for parts"),
-        ({"report": tmp_path / "r.html"}, "`report` is for parts"),
-        ({"last": 0}, "`last` must be at least 1"),
-        ({"last": 3, "step_window": "0:3"}, "`last` is a window of steps, and so is `step_window`"),
-        ({"step_window": "3:4"}, "keeps the gradients of one step in 2, and steps 3 to 3 have none"),
-        ({"step_window": "x"}, "`step_window` 'x': expected first:stop"),
-        ({"layers": ("attn.nothing",)}, "matches no layer of run 'moving'"),
-        ({**val, **checkpoint, "layers": ("head",)}, "matches no layer of run 'moving'"),
-    ):
-        with pytest.raises(UsageError, match=words):
-            ask(folder, **options)
-    with pytest.raises(UsageError, match="give `val_set`: what is asked for is near its gradient"):
-        ghoststore.query(store=folder / "store")
-    for name, value in (("last", 3), ("step_window", "0:3")):
-        with pytest.raises(UsageError, match=f"`{name}.*` belongs to `run`"):
-            ghoststore.query(store=folder / "store", **val, **{name: value})
-    with pytest.raises(UsageError, match=r"`weight=loss-fall` is what a step .*: give `run`, or `with_scores`"):
-        ghoststore.query(store=folder / "store", **val, weight="loss-fall")
-    other = lab.model(tmp_path / "other", layers=2)
-    with pytest.raises(MismatchError, match=r"run 'moving' is of another model"):
-        ask(folder, **val, checkpoint=other)
-    train(lab, folder, "plain", max_steps=2, projection=None)
-    with pytest.raises(UsageError, match="run 'plain' keeps no gradients"):
-        ask(folder, "plain")
-    assert lab.run("query", "--store", folder / "store", "--run", "plain").code == 2
