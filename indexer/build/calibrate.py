@@ -15,15 +15,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ghoststore.errors import CorpusError, LayerError
+from ghoststore.machine import total_memory
 from ghoststore.progress import Progress, Task
 from ghoststore.settings.projection import LEARNED
-from indexer.build.leading import Leading, leading_bytes
+from indexer.build.leading import Leading, drawn_directions, leading_bytes
 from indexer.encode.batching import batches_of
 from indexer.encode.encoder import RowEncoder
 from indexer.encode.losses import Reduction
@@ -44,7 +46,9 @@ LOTS = 8
 """Lots that the rows are dealt into, each with drawn sides of its own: what one draw misses, others see. Lots do not
 depend on batches, so that what is learned depends on the rows alone."""
 BYTES_AT_ONCE = 64 << 20
-"""Most bytes of the blocks of a batch in one layer."""
+"""Most bytes of the blocks of a batch in one layer, on a CPU."""
+SHARE_AT_ONCE = 32
+"""On a GPU they are at most its memory divided by this: it waits for the host when batches are small."""
 KEPT_AT_ONCE = 4
 """Most bytes of the inputs of all layers, which the backward pass needs whole, in :data:`BYTES_AT_ONCE`."""
 
@@ -173,17 +177,21 @@ class _Passes:
     def _factors(self) -> tuple[dict[str, MomentFactor], dict[str, MomentFactor]]:
         """The factors of E[Gᵀ G] and of E[G Gᵀ], by block name."""
         layers = self.plan.layers
+        # Axes of one length share what is drawn for them: on a GPU it would take longer than the passes.
+        directions = cache(lambda n, k: drawn_directions(_key(f"directions {n}"), n, k, self.device))
 
         def drawn(lot: int) -> list[Projection]:
-            pairs = {x.block.name: (self._drawn(x, "in", lot), self._drawn(x, "out", lot)) for x in layers}
+            drawn_KN = cache(lambda n: _drawn_side(_key(f"learning {n} {lot}"), n).to(self.device))
+            pairs = {x.block.name: (self._side(x, "in", drawn_KN), self._side(x, "out", drawn_KN)) for x in layers}
             return [
                 Projection.with_sides(self.plan, {name: (p_in, None) for name, (p_in, _) in pairs.items()}),
                 Projection.with_sides(self.plan, {name: (None, p_out) for name, (_, p_out) in pairs.items()}),
             ]
 
-        sums = self._summed(
-            drawn, lambda: [self._moment(layer, axis) for axis in ("out", "in") for layer in layers], lots=LOTS
-        )
+        def empty() -> list[_Moment]:
+            return [self._moment(layer, axis, directions) for axis in ("out", "in") for layer in layers]
+
+        sums = self._summed(drawn, empty, lots=LOTS)
         of_axis = {"out": sums[: len(layers)], "in": sums[len(layers) :]}
         factors: dict[str, dict[str, MomentFactor]] = {"in": {}, "out": {}}
         with closing(self.progress.task("eigenvectors of layers", len(layers), unit="layers")) as task:
@@ -196,24 +204,20 @@ class _Passes:
                 task.advance(1)
         return factors["in"], factors["out"]
 
-    def _drawn(self, layer: BlockPlan, axis: str, lot: int) -> Tensor | None:
+    def _side(self, layer: BlockPlan, axis: str, drawn: Callable[[int], Tensor]) -> Tensor | None:
         """The scaled random side for ``axis`` while the other one is learned; None leaves the axis as it is."""
         n = layer.block.n_in if axis == "in" else layer.block.n_out
-        whole = n <= WHOLE
-        if whole and self.scales is None:
-            return None
-        key = _key(layer, f"learning {axis} {lot}")
-        side = torch.eye(n) if whole else torch.from_numpy(draws.gaussian(key, DRAWN_RANK, n))
         if self.scales is None:
-            return side
+            return None if n <= WHOLE else drawn(n)
         pair = self.scales[layer.block.name]
-        return side * (pair.scale_in if axis == "in" else pair.scale_out)
+        return drawn(n) * (pair.scale_in if axis == "in" else pair.scale_out).to(self.device)
 
-    def _moment(self, layer: BlockPlan, axis: str) -> _Moment:
+    def _moment(self, layer: BlockPlan, axis: str, directions: Callable[[int, int], Tensor | None]) -> _Moment:
         """The sum of a layer's blocks for ``axis``, with nothing in it."""
         block, device = layer.block, self.device
         n, k = (block.n_in, layer.k_in) if axis == "in" else (block.n_out, layer.k_out)
-        leading = Leading(_key(layer, f"directions {axis}"), n, _eigenvectors(self.plan, n, k), device)
+        followed = _eigenvectors(self.plan, n, k)
+        leading = Leading(n, followed, directions(n, followed), device)
         if self.scales is None:
             return _Moment(leading, axis, None)
         pair = self.scales[block.name]
@@ -251,9 +255,11 @@ class _Passes:
         where one is not).
         """
         layers = [layer for projection in projections for layer in projection.plan.layers]
-        most = max(1, BYTES_AT_ONCE // (4 * max(layer.stop - layer.start for layer in layers)))
-        kept = 4 * sum(layer.block.n_in for layer in layers if layer.k_in == layer.block.n_in)
-        batch_tokens = min(self.batch_tokens, max(1, KEPT_AT_ONCE * BYTES_AT_ONCE // max(1, kept)))
+        at_once = _bytes_at_once(str(self.device))
+        most = max(1, at_once // (4 * max(layer.stop - layer.start for layer in layers)))
+        number = max(parameter.element_size() for parameter in self.model.parameters())
+        kept = number * sum(layer.block.n_in for layer in layers if layer.k_in == layer.block.n_in)
+        batch_tokens = min(self.batch_tokens, max(1, KEPT_AT_ONCE * at_once // max(1, kept)))
         encoder = RowEncoder(
             self.model,
             projections[0],
@@ -320,18 +326,28 @@ def axis_lengths(plan: ProjectionPlan) -> list[tuple[int, int]]:
     return [(n, _eigenvectors(plan, n, k)) for n, k in axes]
 
 
-def learning_bytes(plan: ProjectionPlan) -> int:
+def learning_bytes(plan: ProjectionPlan, device: str) -> int:
     """Estimate of the bytes that learning takes beside the model: the sums of both sides, three times the blocks of a
     batch in one layer, and the inputs of all layers.
     """
     if not plan.calibrated:
         return 0
-    return sum(leading_bytes(n, k) for n, k in axis_lengths(plan)) + (3 + KEPT_AT_ONCE) * BYTES_AT_ONCE
+    return leading_bytes(axis_lengths(plan)) + (3 + KEPT_AT_ONCE) * _bytes_at_once(device)
 
 
-def _key(layer: BlockPlan, purpose: str) -> str:
+def _bytes_at_once(device: str) -> int:
+    """Most bytes of the blocks of a batch in one layer. Not by what is free, so that equal builds are equal."""
+    return max(BYTES_AT_ONCE, total_memory(device) // SHARE_AT_ONCE) if device.startswith("cuda") else BYTES_AT_ONCE
+
+
+def _drawn_side(key: str, n: int) -> Tensor:
+    """A random side for an axis of length n; the identity for a short one."""
+    return torch.eye(n) if n <= WHOLE else torch.from_numpy(draws.gaussian(key, DRAWN_RANK, n))
+
+
+def _key(purpose: str) -> str:
     """The key of random numbers. It has no seed, because what is learned should depend only on the corpus."""
-    return f"ghoststore/1|calibration|layer={layer.block.name}|{purpose}"
+    return f"ghoststore/2|calibration|{purpose}"
 
 
 def _nothing_to_learn(layer: str, problem: str) -> LayerError:

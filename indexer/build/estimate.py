@@ -10,7 +10,7 @@ import torch
 
 from indexer.build.calibrate import axis_lengths
 from indexer.build.job import BuildJob
-from indexer.build.leading import Leading, random_directions
+from indexer.build.leading import Leading, drawn_directions, random_directions
 from indexer.encode.batching import batches_of
 from indexer.encode.encoder import RowEncoder
 from indexer.encode.tokens import rows_of
@@ -63,7 +63,7 @@ def _eigenvector_seconds(plan: ProjectionPlan, device: torch.device) -> float:
     seconds, generator = 0.0, torch.Generator().manual_seed(0)
     for (n, k), axes in Counter(axis_lengths(plan)).items():
         begun = time.perf_counter()
-        leading = Leading("estimate", n, k, device)
+        leading = Leading(n, k, drawn_directions("estimate", n, k, device), device)
         terms = torch.randn(n, 2 * random_directions(n, k), generator=generator)
         leading.add(terms.to(device), 1)
         leading.factor()

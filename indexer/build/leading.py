@@ -11,6 +11,7 @@ Legend: n the length of an axis, m its random directions, k the wanted eigenvect
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,18 +30,12 @@ WELL_CONDITIONED = 2
 
 
 class Leading:
-    """The ``k`` leading eigenvectors of the mean of terms Y Yᵀ that are added one by one. Memory: n × 2 m numbers."""
+    """The ``k`` leading eigenvectors of the mean of terms Y Yᵀ that are added one by one. Memory: n × m numbers."""
 
-    def __init__(self, key: str, n: int, k: int, device: torch.device) -> None:
-        self.k = k
-        self._n, m = n, random_directions(n, k)
-        self._directions: Tensor | None = None
-        """(n, m); None of a short axis, where they would be all there are."""
-        if m < n:
-            drawn = torch.from_numpy(draws.gaussian(key, m, n)).t()
-            drawn = drawn if n >= WELL_CONDITIONED * m else torch.linalg.qr(drawn).Q
-            self._directions = drawn.contiguous().to(device)
-        self._products = torch.zeros(n, m, device=device)
+    def __init__(self, n: int, k: int, directions_NM: Tensor | None, device: torch.device) -> None:
+        """``directions_NM``: those of :func:`drawn_directions`, which several may share."""
+        self.k, self._n, self._directions = k, n, directions_NM
+        self._products = torch.zeros(n, random_directions(n, k), device=device)
         self._trace = torch.zeros((), dtype=torch.float64, device=device)
         self._terms = 0
 
@@ -56,7 +51,7 @@ class Leading:
 
         ValueError if the mean is zero or not finite.
         """
-        products = self._products.double().cpu() / self._terms
+        products = _wide(self._products) / self._terms
         trace, size = float(self._trace) / self._terms, float(products.norm())
         if not (0 < size < math.inf and 0 < trace < math.inf):
             raise ValueError("the gradients are zero or not finite")
@@ -64,12 +59,12 @@ class Leading:
             values, vectors = torch.linalg.eigh((products + products.t()) / 2)
             rows = vectors.flip(1)[:, : self.k].t()
         else:
-            values, rows = self._approximated(products, self._directions.double().cpu())
+            values, rows = self._approximated(products, _wide(self._directions))
         values = values.flip(0)[: self.k].clamp_min(0)
         signs = rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
         outside = self._n - self.k
         rest = max(0.0, trace - float(values.sum())) / outside if outside else 0.0
-        return MomentFactor((rows * signs).float().contiguous(), values.float(), rest)
+        return MomentFactor((rows * signs).float().contiguous().cpu(), values.float().cpu(), rest)
 
     def _approximated(self, products_NM: Tensor, directions_NM: Tensor) -> tuple[Tensor, Tensor]:
         """(the m eigenvalues, ascending, the k leading eigenvectors as rows): those of B Bᵀ for
@@ -84,11 +79,26 @@ class Leading:
         return values, torch.linalg.qr(products_NM @ (root @ turn.flip(1)[:, : self.k])).Q.t()
 
 
+def _wide(matrix: Tensor) -> Tensor:
+    """In float64: on a GPU of CUDA where it lies, else on the CPU, since others have no such numbers."""
+    return matrix.double() if matrix.is_cuda else matrix.cpu().double()
+
+
 def random_directions(n: int, k: int) -> int:
     """m for k eigenvectors of an axis of length n."""
     return min(n, max(OVERSAMPLING * k, LEAST_DIRECTIONS))
 
 
-def leading_bytes(n: int, k: int) -> int:
-    """The most bytes of a :class:`Leading` on the device."""
-    return 2 * 4 * n * random_directions(n, k)
+def drawn_directions(key: str, n: int, k: int, device: torch.device) -> Tensor | None:
+    """(n, m) float32, drawn by ``key``; None for a short axis, where they would be all there are."""
+    m = random_directions(n, k)
+    if m == n:
+        return None
+    drawn = torch.from_numpy(draws.gaussian(key, m, n)).t()
+    drawn = drawn if n >= WELL_CONDITIONED * m else torch.linalg.qr(drawn).Q
+    return drawn.contiguous().to(device)
+
+
+def leading_bytes(axes: Sequence[tuple[int, int]]) -> int:
+    """The most bytes on the device of the :class:`Leading` of ``axes`` (n, k), where those alike share directions."""
+    return sum(4 * n * random_directions(n, k) for each in (axes, set(axes)) for n, k in each)

@@ -92,4 +92,4 @@ def _memory(job: BuildJob) -> int:
     matrices = sum(4 * (shape.k_in * shape.n_in + shape.k_out * shape.n_out) for shape in job.projected.shapes)
     spans = 3 * layout.span_rows * layout.dimension * 4
     logits = job.inputs.batch_tokens * int(len(model.get_input_embeddings().weight) * model.dtype.itemsize)
-    return matrices + max(spans, learning_bytes(job.projected)) + logits
+    return matrices + max(spans, learning_bytes(job.projected, job.inputs.device)) + logits

@@ -205,6 +205,8 @@ class Scorer:
         if minus is not None:
             _refuse_other_queries(parts, minus)
         device, metric = resolve_device(question.device), metric_for(question.metric, parts)
+        # On a GPU the search of rows in files is slower than on the CPU of its machine: it is asked for by name.
+        searching = "cpu" if question.device == "auto" else device
         terms = []
         for place, (part, val, weight) in enumerate(zip(parts, vals, weights, strict=True)):
             inverse = None
@@ -237,7 +239,7 @@ class Scorer:
             names=names,
             rows=sum(stop - start for start, stop in map(parts[0].layout.span_of, shared_spans(terms))),
             run=run,
-            device=device,
+            device=searching,
             minus=None if minus is None else minus[0],
             chosen=chosen,
             lexical_QN=lexical_QN,

@@ -22,6 +22,8 @@ from ghoststore.store.spans.reader import Chunk, chunk_numbers, read_chunk, stre
 
 DECODED_BYTES = 32 << 20
 """Most bytes of rows that are decoded at once: a chunk of one-bit rows has 32 times its own bytes as float32."""
+DECODED_ON_GPU = 16 * DECODED_BYTES
+"""The same on a GPU, which waits for the host between one lot and the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ class PartVectors:
         CorruptError for a damaged chunk.
         """
         layout, scale_of = self.part.layout, Scales(self.part)
-        most = max(1, DECODED_BYTES // (4 * layout.dimension))
+        most = max(1, (DECODED_ON_GPU if self.device.type == "cuda" else DECODED_BYTES) // (4 * layout.dimension))
         spare = torch.empty(0)
         for chunk, stored in self._chunks(spans):
             rows = StoredRows(layout.dtype, stored, scale_of(chunk.start, chunk.stop), self.part.groups)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ghoststore.corpus import Sample
 from indexer.build.corpus_plan import LearningSample
-from indexer.build.leading import Leading
+from indexer.build.leading import Leading, drawn_directions
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 def fed(y_NC: Tensor, k: int, terms: int, lots: int = 3) -> Leading:
     """A Leading that has seen the columns lot by lot, as ``terms`` terms in all."""
-    found = Leading("key", len(y_NC), k, CPU)
+    found = Leading(len(y_NC), k, drawn_directions("key", len(y_NC), k, CPU), CPU)
     for place, lot in enumerate(y_NC.chunk(lots, dim=1)):
         found.add(lot, terms - (lots - 1) if place == 0 else 1)
     return found
@@ -78,7 +78,7 @@ def test_fewer_terms_than_eigenvectors(n: int) -> None:
 
 @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf, 1e30])
 def test_nothing_or_rubbish_is_refused(bad: float) -> None:
-    found = Leading("key", 5, 2, CPU)
+    found = Leading(5, 2, drawn_directions("key", 5, 2, CPU), CPU)
     found.add(torch.full((5, 3), bad), 3)
     with pytest.raises(ValueError, match="zero or not finite"):
         found.factor()
