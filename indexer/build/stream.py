@@ -27,7 +27,7 @@ from ghoststore.store.base.own import remember
 from ghoststore.store.info import describe
 from ghoststore.store.part.kept import KeptField
 from ghoststore.store.part.layout import STREAM
-from ghoststore.store.part.part import SPAN_TABLE, create_part
+from ghoststore.store.part.part import SPAN_TABLE, create_part, span_table
 from ghoststore.store.part.stream import (
     StreamEntry,
     end_stream,
@@ -65,6 +65,8 @@ def build_stream(options: BuildOptions, progress: Progress) -> BuildReport:
         store = Store.create(options.store)
         part = create_part(store.part_path(inputs.part_name), job.manifest, None, job.fixed())
         refuse_differences(as_begun(part.recorded), job.manifest, f"part {part.name!r} of {store.path}")
+        if part.complete:
+            samples.refuse_another(part)
         if problem := remember(part.manifest, job.manifest["source"], part.path):
             progress.note(problem)
         if existing is None:
@@ -169,6 +171,15 @@ class _Samples:
             if not self._is_span(once, size, read_entry(part, span)):
                 raise self._changed(part, span)
         return once
+
+    def refuse_another(self, part: Part) -> None:
+        """MismatchError unless the stream begins with the first span of ``part``, which has all rows: no more is read,
+        and one row ahead.
+        """
+        once = Once(self._inputs.corpus, skip=self._options.skip_samples, most=self._options.max_samples)
+        first = [] if once.ended else once.take(part.layout.span_of(0)[1]).samples
+        if _digest(first) != span_table(part)[0][-1]:
+            raise self._changed(part, 0)
 
     def _is_span(self, once: Once, size: int, entry: StreamEntry) -> bool:
         """Whether the next samples are those of the committed span with this ``entry``."""
