@@ -254,7 +254,8 @@ def _seen(
         kept.see(sample)
         if learning is not None:
             learning.see(sample)
-    return {"samples": len(seen), "fingerprint": fingerprint.text()}, kept.fields()
+    none = f"none of the {len(seen):,} rows at the head of the stream, which settle the types of columns, has"
+    return {"samples": len(seen), "fingerprint": fingerprint.text()}, kept.fields(none)
 
 
 @dataclass(frozen=True, slots=True)
