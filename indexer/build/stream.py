@@ -18,7 +18,7 @@ from ghoststore.corpus import MAX_DOMAINS, Position, Sample, Scan
 from ghoststore.corpus.repeated import RepeatedIds, repeated_words
 from ghoststore.corpus.scan import Fingerprint
 from ghoststore.corpus.stream import Block, Once, go_on, joined
-from ghoststore.errors import BusyError, CorpusError, MismatchError
+from ghoststore.errors import BusyError, CorpusError, CorruptError, MismatchError
 from ghoststore.progress import Progress
 from ghoststore.settings.build import BuildOptions
 from ghoststore.store import Part, Store
@@ -109,6 +109,8 @@ class _Samples:
         """Samples of the last committed span, read again."""
         self._once: Once | None = None
         part = inputs.existing
+        if part is not None:
+            _refuse_gaps(part)
         self.goes_on = part is not None and bool(part.spans)
         if part is None or not part.spans:
             self._once = Once(inputs.corpus, skip=self._options.skip_samples, most=self._options.max_samples)
@@ -197,6 +199,17 @@ class _Samples:
             f"begun with: {rows} (span {span}) are others now. Give the stream as it was (the same files, order and "
             "seed), or another `name` for a new part"
         )
+
+
+def _refuse_gaps(part: Part) -> None:
+    """CorruptError for a part that lacks spans of those that were committed once, as one whose copy was cut off."""
+    if part.complete or (part.layout.stream == OPEN and part.spans == list(range(len(part.spans)))):
+        return
+    raise CorruptError(
+        f"part {part.name!r} of {part.path.parent.parent} has {len(part.spans):,} spans, and not all that its stream "
+        "had already: a build cannot go back to those. If a tool that copied it was cut off, let it go on; else "
+        "remove the part (`ghoststore rm`) and build it again"
+    )
 
 
 def _position(place: tuple[int, int, int]) -> Position:

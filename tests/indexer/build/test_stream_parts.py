@@ -14,12 +14,12 @@ import ghoststore
 from ghoststore.corpus import Corpus
 from ghoststore.corpus.locate import load_from_hub, named_on_hub
 from ghoststore.corpus.scan import SampleScan
-from ghoststore.errors import GhostStoreError, MismatchError, UsageError
+from ghoststore.errors import CorruptError, GhostStoreError, MismatchError, UsageError
 from ghoststore.store import Store
 from ghoststore.store.part.part import span_table
 from tests.conftest import tree, write_jsonl
 from tests.support.notes import Notes
-from tests.support.parts import vectors_of
+from tests.support.parts import unbuild, vectors_of
 from tests.support.streams import ROWS, SPAN, Cut, Rows, StatefulRows, build, cut, part_of
 
 if TYPE_CHECKING:
@@ -99,6 +99,18 @@ def test_another_stream_is_refused_by_a_part_that_is_whole(lab: Lab, tmp_path: P
         build(lab, tmp_path / "store", Rows(rows), skip_samples=1)
     assert tree(tmp_path / "store") == before
     assert build(lab, tmp_path / "store", Rows(rows)).rows_built == 0
+
+
+def test_a_part_with_gaps_is_not_gone_on_with(lab: Lab, tmp_path: Path) -> None:
+    """As of a copy by another tool that was cut off."""
+    build(lab, tmp_path / "store", Rows(ROWS[:12]))
+    cut(lab, tmp_path / "open", StatefulRows(ROWS), 30)
+    for store in (tmp_path / "store", tmp_path / "open"):
+        unbuild(part_of(store), 1)
+        left = tree(store)
+        with pytest.raises(CorruptError, match=r"has \d spans, and not all .* remove the part"):
+            build(lab, store, StatefulRows(ROWS))
+        assert tree(store) == left
 
 
 def test_an_open_part_answers(lab: Lab, tmp_path: Path) -> None:
