@@ -114,10 +114,6 @@ def _refuse_paths(items: Sequence[object]) -> None:
         )
 
 
-def _is_place(text: str) -> bool:
-    return in_objects(text) or os.path.exists(text)
-
-
 def _package(data: object) -> str:
     return type(data).__module__.partition(".")[0]
 

@@ -103,8 +103,8 @@ class KeptScan:
         """Of all values, in order."""
         return f"sha256:{self._hash.hexdigest()}"
 
-    def fields(self) -> tuple[KeptField, ...]:
-        """Name and type of each field. CorpusError for one that no sample has a value in."""
+    def fields(self, none: str = "no sample has") -> tuple[KeptField, ...]:
+        """Name and type of each field. CorpusError for one that no sample has a value in; ``none`` says of which."""
         fields = []
         for place, name in enumerate(self._corpus.keep):
             kind, large = self._types[place], self._large[place]
@@ -113,7 +113,7 @@ class KeptScan:
                     f"; the first row has {', '.join(map(repr, names))}" if (names := self._corpus.field_names) else ""
                 )
                 raise CorpusError(
-                    f"{self._corpus.source}: no sample has a value in the field {name!r} of `keep_fields`{of_first}"
+                    f"{self._corpus.source}: {none} a value in the field {name!r} of `keep_fields`{of_first}"
                 )
             if kind == "float" and large is not None:
                 raise CorpusError(

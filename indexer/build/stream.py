@@ -18,7 +18,7 @@ from ghoststore.corpus import MAX_DOMAINS, Position, Sample, Scan
 from ghoststore.corpus.repeated import RepeatedIds, repeated_words
 from ghoststore.corpus.scan import Fingerprint
 from ghoststore.corpus.stream import Block, Once, go_on, joined
-from ghoststore.errors import BusyError, CorpusError, MismatchError
+from ghoststore.errors import BusyError, CorpusError, CorruptError, MismatchError
 from ghoststore.progress import Progress
 from ghoststore.settings.build import BuildOptions
 from ghoststore.store import Part, Store
@@ -27,7 +27,7 @@ from ghoststore.store.base.own import remember
 from ghoststore.store.info import describe
 from ghoststore.store.part.kept import KeptField
 from ghoststore.store.part.layout import STREAM
-from ghoststore.store.part.part import SPAN_TABLE, create_part
+from ghoststore.store.part.part import SPAN_TABLE, create_part, span_table
 from ghoststore.store.part.stream import (
     StreamEntry,
     end_stream,
@@ -65,6 +65,8 @@ def build_stream(options: BuildOptions, progress: Progress) -> BuildReport:
         store = Store.create(options.store)
         part = create_part(store.part_path(inputs.part_name), job.manifest, None, job.fixed())
         refuse_differences(as_begun(part.recorded), job.manifest, f"part {part.name!r} of {store.path}")
+        if part.complete:
+            samples.refuse_another(part)
         if problem := remember(part.manifest, job.manifest["source"], part.path):
             progress.note(problem)
         if existing is None:
@@ -107,6 +109,8 @@ class _Samples:
         """Samples of the last committed span, read again."""
         self._once: Once | None = None
         part = inputs.existing
+        if part is not None:
+            _refuse_gaps(part)
         self.goes_on = part is not None and bool(part.spans)
         if part is None or not part.spans:
             self._once = Once(inputs.corpus, skip=self._options.skip_samples, most=self._options.max_samples)
@@ -170,6 +174,15 @@ class _Samples:
                 raise self._changed(part, span)
         return once
 
+    def refuse_another(self, part: Part) -> None:
+        """MismatchError unless the stream begins with the first span of ``part``, which has all rows: no more is read,
+        and one row ahead.
+        """
+        once = Once(self._inputs.corpus, skip=self._options.skip_samples, most=self._options.max_samples)
+        first = [] if once.ended else once.take(part.layout.span_of(0)[1]).samples
+        if _digest(first) != span_table(part)[0][-1]:
+            raise self._changed(part, 0)
+
     def _is_span(self, once: Once, size: int, entry: StreamEntry) -> bool:
         """Whether the next samples are those of the committed span with this ``entry``."""
         if once.ended:
@@ -186,6 +199,17 @@ class _Samples:
             f"begun with: {rows} (span {span}) are others now. Give the stream as it was (the same files, order and "
             "seed), or another `name` for a new part"
         )
+
+
+def _refuse_gaps(part: Part) -> None:
+    """CorruptError for a part that lacks spans of those that were committed once, as one whose copy was cut off."""
+    if part.complete or (part.layout.stream == OPEN and part.spans == list(range(len(part.spans)))):
+        return
+    raise CorruptError(
+        f"part {part.name!r} of {part.path.parent.parent} has {len(part.spans):,} spans, and not all that its stream "
+        "had already: a build cannot go back to those. If a tool that copied it was cut off, let it go on; else "
+        "remove the part (`ghoststore rm`) and build it again"
+    )
 
 
 def _position(place: tuple[int, int, int]) -> Position:
@@ -243,7 +267,8 @@ def _seen(
         kept.see(sample)
         if learning is not None:
             learning.see(sample)
-    return {"samples": len(seen), "fingerprint": fingerprint.text()}, kept.fields()
+    none = f"none of the {len(seen):,} rows at the head of the stream, which settle the types of columns, has"
+    return {"samples": len(seen), "fingerprint": fingerprint.text()}, kept.fields(none)
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,6 +219,9 @@ def test_kept_fields_have_the_types_of_the_head(lab: Lab, tmp_path: Path) -> Non
     rows[30]["stars"] = "many"
     with pytest.raises(CorpusError, match=r"'stars' of `keep_fields` was float .* and is string in .*'row-30'.*'many'"):
         build(lab, tmp_path / "other", Rows(rows), keep_fields=("stars", "source"))
+    late = [{**row, "stars": None if place < SPAN else 1} for place, row in enumerate(ROWS)]
+    with pytest.raises(CorpusError, match=r"none of the 4 rows at the head of the stream, .* has a value in .*'stars'"):
+        build(lab, tmp_path / "late", Rows(late), keep_fields=("stars",))
 
 
 def test_memory_holds_a_few_spans(lab: Lab, tmp_path: Path) -> None:

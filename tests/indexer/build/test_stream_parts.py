@@ -14,12 +14,12 @@ import ghoststore
 from ghoststore.corpus import Corpus
 from ghoststore.corpus.locate import load_from_hub, named_on_hub
 from ghoststore.corpus.scan import SampleScan
-from ghoststore.errors import GhostStoreError, MismatchError, UsageError
+from ghoststore.errors import CorruptError, GhostStoreError, MismatchError, UsageError
 from ghoststore.store import Store
 from ghoststore.store.part.part import span_table
 from tests.conftest import tree, write_jsonl
 from tests.support.notes import Notes
-from tests.support.parts import vectors_of
+from tests.support.parts import unbuild, vectors_of
 from tests.support.streams import ROWS, SPAN, Cut, Rows, StatefulRows, build, cut, part_of
 
 if TYPE_CHECKING:
@@ -82,8 +82,35 @@ def test_a_build_that_ended_before_the_end_was_written(
     assert ghoststore.verify(store=tmp_path / "store").sound
     stream = Rows(ROWS)
     build(lab, tmp_path / "store", stream)
-    assert stream.read == [0], "no row but the one that says which fields there are"
+    assert stream.read == list(range(SPAN + 1)), "no row but those of the first span, which are compared, and one ahead"
     assert tree(tmp_path / "store") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("length", [42, 3])
+def test_another_stream_is_refused_by_a_part_that_is_whole(lab: Lab, tmp_path: Path, length: int) -> None:
+    """Both would have the same name by default."""
+    rows = ROWS[:length]
+    build(lab, tmp_path / "store", Rows(rows))
+    before = tree(tmp_path / "store")
+    for other in (rows[:2], [*rows[:2], {**rows[2], "text": "another"}, *rows[3:]]):
+        with pytest.raises(MismatchError, match=rf"is not the stream .*rows 0 to {min(length, SPAN)} \(span 0\)"):
+            build(lab, tmp_path / "store", Rows(other))
+    with pytest.raises(MismatchError, match=r"corpus\.skip_samples: stored None, asked for 1"):
+        build(lab, tmp_path / "store", Rows(rows), skip_samples=1)
+    assert tree(tmp_path / "store") == before
+    assert build(lab, tmp_path / "store", Rows(rows)).rows_built == 0
+
+
+def test_a_part_with_gaps_is_not_gone_on_with(lab: Lab, tmp_path: Path) -> None:
+    """As of a copy by another tool that was cut off."""
+    build(lab, tmp_path / "store", Rows(ROWS[:12]))
+    cut(lab, tmp_path / "open", StatefulRows(ROWS), 30)
+    for store in (tmp_path / "store", tmp_path / "open"):
+        unbuild(part_of(store), 1)
+        left = tree(store)
+        with pytest.raises(CorruptError, match=r"has \d spans, and not all .* remove the part"):
+            build(lab, store, StatefulRows(ROWS))
+        assert tree(store) == left
 
 
 def test_an_open_part_answers(lab: Lab, tmp_path: Path) -> None:
