@@ -317,6 +317,9 @@ def test_reading_on_after_the_end_and_backwards(bucket: Bucket) -> None:
         assert file.read(3) == whole[:3]
         assert file.seek(len(whole) + 9) == len(whole) + 9
         assert file.read(1) == b""
+        for place in ((-1, 0), (-len(whole) - 1, 2), (-len(whole) - 10, 1)):
+            with pytest.raises(OSError, match="Invalid argument"):
+                file.seek(*place)
     put("none.txt", b"")
     for opened in (location(f"{TREE}/none.txt"), location(f"{TREE}/none.txt").looked_up()):  # type: ignore[attr-defined]
         with RangedFile(opened) as file:
