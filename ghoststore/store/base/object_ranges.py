@@ -13,7 +13,7 @@ from typing import Any
 
 from ghoststore.errors import MismatchError, StorageError
 from ghoststore.store.base.object_path import ObjectPath, ObjectReader
-from ghoststore.store.base.objects import IN_FLIGHT, Found
+from ghoststore.store.base.objects import IN_FLIGHT, EndsBeforeError, Found
 
 SMALLEST = 32 << 10
 """Bytes of the first request in a place. Each that follows on asks for four times as many, up to LARGEST."""
@@ -128,7 +128,10 @@ class RangedFile(ObjectReader):
         objects = self.path.objects
         if self._found is not None:
             stop = min(stop, self._found.size)
-        found, pieces = objects.get(self.path.key, start, stop)
+        try:
+            found, pieces = objects.get(self.path.key, start, stop)
+        except EndsBeforeError:
+            raise self._written_again() from None
         self._same(found)
         data = bytearray(max(0, min(stop, found.size) - start))
         view, filled = memoryview(data), 0
@@ -146,7 +149,10 @@ class RangedFile(ObjectReader):
         if self._found is None:
             self._found = found
         elif self._found.version != found.version:
-            raise MismatchError(f"{self.path} was written again while it was read: run the same command again")
+            raise self._written_again()
+
+    def _written_again(self) -> MismatchError:
+        return MismatchError(f"{self.path} was written again while it was read: run the same command again")
 
 
 def expecting(file: Any, places: Iterable[int], each: int = SMALLEST) -> None:

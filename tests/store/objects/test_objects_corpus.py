@@ -302,6 +302,21 @@ def test_an_object_that_is_written_again_while_it_is_read(bucket: Bucket, corpor
     assert list(Corpus.open(f"{TREE}/moving.jsonl").samples())
 
 
+def test_an_object_that_becomes_shorter_is_no_failing_network(bucket: Bucket) -> None:
+    """What is asked for next, or where the listing says that it is, there is nothing any more."""
+    whole = bytes(range(256)) * 1024
+    put("shorter.txt", whole)
+    path = location(f"{TREE}/shorter.txt")
+    assert isinstance(path, ObjectPath)
+    with RangedFile(path) as file, RangedFile(path.looked_up()) as listed:
+        assert file.read(SMALLEST) == whole[:SMALLEST]
+        put("shorter.txt", b"short")
+        assert listed.seek(100) == 100
+        for opened in (file, listed):
+            with pytest.raises(MismatchError, match=r"shorter\.txt was written again while it was read"):
+                opened.read(1)
+
+
 def test_reading_on_after_the_end_and_backwards(bucket: Bucket) -> None:
     put("some.txt", bytes(range(256)) * 1024)
     path = location(f"{TREE}/some.txt")
