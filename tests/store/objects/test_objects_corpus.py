@@ -367,6 +367,7 @@ def test_what_is_not_there_is_named(corpora: Corpora) -> None:
         ("s3://no-such-bucket/*.jsonl", UsageError, "there is no bucket s3://no-such-bucket"),
         ("s3://key:secret@bucket/a.jsonl", UsageError, "of the corpus cannot be used"),
         (f"{TREE}/a.jsonl?X-Amz-Signature=secret", UsageError, "without credentials"),
+        (["s3://key:secret@bucket/a.jsonl"], UsageError, "of the corpus cannot be used"),
         (f"{TREE}/all.jsonl:rows", CorpusError, "a split is for"),
         (f"{TREE}/keyed.json:none", CorpusError, "expected an object with an array of rows under 'none'"),
     ):
