@@ -48,6 +48,13 @@ class RangedFile(ObjectReader):
         assert self._found is not None
         return self._found.size
 
+    def again(self) -> RangedFile:
+        """Another file of the same version of the object, with a place of its own."""
+        other = RangedFile(self.path)
+        _ = self.size
+        other._found = self._found
+        return other
+
     def expect(self, places: Iterable[int], each: int) -> None:
         """Say where, in ascending order, about ``each`` bytes will be read: several requests are then under way."""
         self._expected, self._each = deque(places), each

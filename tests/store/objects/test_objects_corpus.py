@@ -19,13 +19,14 @@ import pytest
 import zstandard
 
 from ghoststore.corpus import Corpus, Fields, Position, absolute
+from ghoststore.corpus.formats.megatron import MegatronForm
 from ghoststore.corpus.source_rows import SourceRows
 from ghoststore.errors import CorpusError, MismatchError, StorageError, UsageError
 from ghoststore.store.base import object_ranges
 from ghoststore.store.base.object_path import ObjectPath, location
 from ghoststore.store.base.object_ranges import AHEAD, LARGEST, SMALLEST, RangedFile
 from ghoststore.store.base.objects import Objects
-from tests.support.object_server import KEY, SECRET, first
+from tests.support.object_server import KEY, SECRET, Request, first
 
 if TYPE_CHECKING:
     from tests.store.objects.conftest import Bucket
@@ -315,6 +316,25 @@ def test_an_object_that_becomes_shorter_is_no_failing_network(bucket: Bucket) ->
         for opened in (file, listed):
             with pytest.raises(MismatchError, match=r"shorter\.txt was written again while it was read"):
                 opened.read(1)
+
+
+def test_all_tables_of_an_index_are_of_one_version(bucket: Bucket, corpora: Corpora) -> None:
+    """Each is read by a file of its own: the lengths of one version would stand beside the documents of another."""
+    for name in ("docs.bin", "docs.idx"):
+        put(f"indexed/{name}", corpora.files[f"megatron/{name}"])
+    index = bytearray(corpora.files["megatron/docs.idx"])
+    index[34:38] = (1).to_bytes(4, "little")  # the length of the first document
+    asked: list[str] = []
+
+    def seen(request: Request) -> None:
+        if request.method == "GET" and request.path.endswith("docs.idx"):
+            asked.append(request.path)
+            if len(asked) == 2:
+                put("indexed/docs.idx", bytes(index))
+
+    bucket.server.seen = seen
+    with pytest.raises(MismatchError, match=r"docs\.idx was written again while it was read"):
+        list(MegatronForm().rows(location(f"{TREE}/indexed/docs.bin"), None, 0))
 
 
 def test_reading_on_after_the_end_and_backwards(bucket: Bucket) -> None:
