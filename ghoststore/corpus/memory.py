@@ -17,6 +17,7 @@ from ghoststore.corpus.values import RowError, plain_row
 from ghoststore.errors import CorpusError, UsageError
 from ghoststore.settings.option import in_objects
 from ghoststore.settings.shared import Data, in_memory, is_paths, is_stream
+from ghoststore.store.base.object_path import location
 
 WHAT = "a path, or a list of paths, of texts or of dicts, a datasets.Dataset, a pandas DataFrame or an Arrow table"
 
@@ -109,8 +110,11 @@ def _refuse_paths(items: Sequence[object]) -> None:
             isinstance(item, str) and len(item) < 256 and (in_objects(item) or os.path.exists(item)) for item in items
         )
     ):
+        first = str(items[0])
+        if in_objects(first):
+            location(first, "corpus")  # an address with credentials is shown to nobody
         raise UsageError(
-            f"a list holds texts, and {str(items[0])!r:.100} is a path: for several files give a list of pathlib.Path"
+            f"a list holds texts, and {first!r:.100} is a path: for several files give a list of pathlib.Path"
         )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Protocol, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import zstandard
 
@@ -86,6 +86,11 @@ class NumberedForm:
 def open_file(path: Path) -> FileIO:
     """A file of a corpus, on a disk (see `open_regular`) or in object storage, where it is read by ranges."""
     return cast(FileIO, RangedFile(path)) if isinstance(path, ObjectPath) else open_regular(path)
+
+
+def open_again(path: Path, file: Any) -> FileIO:
+    """A file that is open as ``file`` for a second time: in object storage, the same version of it."""
+    return cast(FileIO, file.again()) if isinstance(file, RangedFile) else open_regular(path)
 
 
 @contextmanager

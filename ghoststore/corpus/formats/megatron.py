@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.corpus.content import Tokenized
-from ghoststore.corpus.formats.base import KeyedRow, NumberedForm, open_file, reading, row_place
+from ghoststore.corpus.formats.base import KeyedRow, NumberedForm, open_again, open_file, reading, row_place
 from ghoststore.corpus.formats.compressed import too_large
 from ghoststore.errors import CorpusError
 
@@ -73,7 +73,8 @@ class _Files:
         self._path, self._index_path, self._largest = path, path.with_suffix(".idx"), largest
         with reading(self._index_path):
             # Each table has a file of its own, which is read on: from object storage that takes few requests.
-            self._index, self._of_lengths, self._of_places = (open_file(self._index_path) for _ in range(3))
+            self._index = open_file(self._index_path)
+            self._of_lengths, self._of_places = (open_again(self._index_path, self._index) for _ in range(2))
         with reading(path):
             self._ids = open_file(path)
         self._bytes = self._ids.seek(0, 2)

@@ -7,6 +7,7 @@ and never with a local folder called ``s3:``. A folder exists as long as an obje
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -176,22 +177,17 @@ class ObjectPath(PosixPath):
         return True
 
 
-class ObjectFile(RawIOBase):
-    """An object, open for reading: one request, and another after each :meth:`seek`.
-
-    The library continues an answer that breaks off where it ended. FileNotFoundError if there is no such object.
-    """
+class ObjectReader(RawIOBase):
+    """An object, open for reading: a place in it, to which :meth:`seek` goes without a request."""
 
     def __init__(self, path: ObjectPath) -> None:
         self.path = path
-        self._position, self._rest = 0, memoryview(b"")
-        self._pieces: Iterator[Any] | None = None
-        self.size = 0
-        self._request()
+        self._position = 0
 
-    def _request(self) -> None:
-        found, self._pieces = self.path.objects.get(self.path.key, self._position)
-        self.size, self._rest = found.size, memoryview(b"")
+    @property
+    def size(self) -> int:
+        """Bytes of the object."""
+        raise NotImplementedError
 
     def readable(self) -> bool:
         return True
@@ -203,9 +199,39 @@ class ObjectFile(RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        place = offset + (0, self._position, self.size)[whence]
-        if place != self._position:
-            self._position, self._pieces, self._rest = place, None, memoryview(b"")
+        """As in a file on a disk: OSError for a place before the beginning."""
+        start = self.size if whence == os.SEEK_END else self._position if whence == os.SEEK_CUR else 0
+        if start + offset < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self._position = start + offset
+        return self._position
+
+
+class ObjectFile(ObjectReader):
+    """An object, open for reading: one request, and another after each :meth:`seek`.
+
+    The library continues an answer that breaks off where it ended. FileNotFoundError if there is no such object.
+    """
+
+    def __init__(self, path: ObjectPath) -> None:
+        super().__init__(path)
+        self._rest = memoryview(b"")
+        self._pieces: Iterator[Any] | None = None
+        self._size = 0
+        self._request()
+
+    def _request(self) -> None:
+        found, self._pieces = self.path.objects.get(self.path.key, self._position)
+        self._size, self._rest = found.size, memoryview(b"")
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        before, place = self._position, super().seek(offset, whence)
+        if place != before:
+            self._pieces, self._rest = None, memoryview(b"")
         return place
 
     def readall(self) -> bytes:

@@ -6,16 +6,14 @@ whole. A corpus is neither: a text is a few kilobytes somewhere in it, and a pas
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from io import RawIOBase
 from typing import Any
 
 from ghoststore.errors import MismatchError, StorageError
-from ghoststore.store.base.object_path import ObjectPath
-from ghoststore.store.base.objects import IN_FLIGHT, Found
+from ghoststore.store.base.object_path import ObjectPath, ObjectReader
+from ghoststore.store.base.objects import IN_FLIGHT, EndsBeforeError, Found
 
 SMALLEST = 32 << 10
 """Bytes of the first request in a place. Each that follows on asks for four times as many, up to LARGEST."""
@@ -24,17 +22,16 @@ AHEAD = 8
 """Requests of LARGEST bytes that are under way while a file is read on; docs/object-storage.md has the figures."""
 
 
-class RangedFile(RawIOBase):
+class RangedFile(ObjectReader):
     """An object, open for reading by ranges. It is one version of the object: another one is a MismatchError.
 
     FileNotFoundError, when it is first read, if there is no such object; StorageError as :class:`Objects`.
     """
 
     def __init__(self, path: ObjectPath) -> None:
-        self.path = path
+        super().__init__(path)
         self._found: Found | None = None
         """What the first answer said of the object."""
-        self._position = 0
         self._begin, self._bytes = 0, memoryview(b"")
         """The bytes that are there, and the place of the first of them."""
         self._next = SMALLEST
@@ -46,30 +43,22 @@ class RangedFile(RawIOBase):
 
     @property
     def size(self) -> int:
-        """Bytes of the object."""
         if self._found is None:
             self._same(self.path.objects.head(self.path.key))
         assert self._found is not None
         return self._found.size
 
+    def again(self) -> RangedFile:
+        """Another file of the same version of the object, with a place of its own."""
+        other = RangedFile(self.path)
+        _ = self.size
+        other._found = self._found
+        return other
+
     def expect(self, places: Iterable[int], each: int) -> None:
         """Say where, in ascending order, about ``each`` bytes will be read: several requests are then under way."""
         self._expected, self._each = deque(places), each
         self._look_ahead()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = self.size if whence == os.SEEK_END else self._position if whence == os.SEEK_CUR else 0
-        self._position = start + offset
-        return self._position
 
     def read(self, size: int | None = -1) -> bytes:
         """``size`` bytes, and fewer only at the end, as from a file on a disk."""
@@ -146,7 +135,10 @@ class RangedFile(RawIOBase):
         objects = self.path.objects
         if self._found is not None:
             stop = min(stop, self._found.size)
-        found, pieces = objects.get(self.path.key, start, stop)
+        try:
+            found, pieces = objects.get(self.path.key, start, stop)
+        except EndsBeforeError:
+            raise self._written_again() from None
         self._same(found)
         data = bytearray(max(0, min(stop, found.size) - start))
         view, filled = memoryview(data), 0
@@ -164,7 +156,10 @@ class RangedFile(RawIOBase):
         if self._found is None:
             self._found = found
         elif self._found.version != found.version:
-            raise MismatchError(f"{self.path} was written again while it was read: run the same command again")
+            raise self._written_again()
+
+    def _written_again(self) -> MismatchError:
+        return MismatchError(f"{self.path} was written again while it was read: run the same command again")
 
 
 def expecting(file: Any, places: Iterable[int], each: int = SMALLEST) -> None:

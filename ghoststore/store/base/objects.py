@@ -54,6 +54,10 @@ class Found:
         return self.size, self.etag or self.modified
 
 
+class EndsBeforeError(StorageError):
+    """An object ends before the first byte that was asked for: it has become shorter."""
+
+
 class Objects:
     """One bucket. Keys are without a leading slash. Threads may share it.
 
@@ -185,7 +189,8 @@ class Objects:
         except (exceptions.BaseError, OSError) as error:
             if _NO_BUCKET.search(str(error)):
                 raise UsageError(f"there is no bucket {self.name}, or it is not yours to see") from None
-            raise StorageError(
+            kind = EndsBeforeError if "416" in _said(str(error)) else StorageError
+            raise kind(
                 f"cannot {verb} {self.name}/{key}: {_reason(error, exceptions, self.scheme)}. What was committed is "
                 "intact: run the same command again"
             ) from None
@@ -208,15 +213,20 @@ def _is_on(variable: str) -> bool:
 
 def _reason(error: Exception, exceptions: Any, scheme: str) -> str:
     text = str(error)
-    facts = [match[1].strip() for match in (_STATUS.search(text), _CODE.search(text)) if match is not None]
-    said = f" ({', '.join(facts)})" if facts else ""
+    said = _said(text)
     if isinstance(error, (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)) or "403" in said:
         return f"access is denied{said}; {_ENVIRONMENT[scheme]}"
     if "169.254.169.254" in text or "builder error" in text or "metadata" in text.lower():
         return f"there are no credentials, or the endpoint is without TLS{said}; {_ENVIRONMENT[scheme]}"
     if isinstance(error, exceptions.InvalidPathError):
         return "its name cannot be that of an object"
-    return f"the server refused{said}" if facts else "the server did not answer, or broke off"
+    return f"the server refused{said}" if said else "the server did not answer, or broke off"
+
+
+def _said(text: str) -> str:
+    """Status and code of an answer that refuses, in brackets; nothing if there was none."""
+    facts = [match[1].strip() for match in (_STATUS.search(text), _CODE.search(text)) if match is not None]
+    return f" ({', '.join(facts)})" if facts else ""
 
 
 def _found(meta: Any) -> Found:

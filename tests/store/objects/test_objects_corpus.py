@@ -19,13 +19,14 @@ import pytest
 import zstandard
 
 from ghoststore.corpus import Corpus, Fields, Position, absolute
+from ghoststore.corpus.formats.megatron import MegatronForm
 from ghoststore.corpus.source_rows import SourceRows
 from ghoststore.errors import CorpusError, MismatchError, StorageError, UsageError
 from ghoststore.store.base import object_ranges
 from ghoststore.store.base.object_path import ObjectPath, location
 from ghoststore.store.base.object_ranges import AHEAD, LARGEST, SMALLEST, RangedFile
 from ghoststore.store.base.objects import Objects
-from tests.support.object_server import KEY, SECRET, first
+from tests.support.object_server import KEY, SECRET, Request, first
 
 if TYPE_CHECKING:
     from tests.store.objects.conftest import Bucket
@@ -302,6 +303,40 @@ def test_an_object_that_is_written_again_while_it_is_read(bucket: Bucket, corpor
     assert list(Corpus.open(f"{TREE}/moving.jsonl").samples())
 
 
+def test_an_object_that_becomes_shorter_is_no_failing_network(bucket: Bucket) -> None:
+    """What is asked for next, or where the listing says that it is, there is nothing any more."""
+    whole = bytes(range(256)) * 1024
+    put("shorter.txt", whole)
+    path = location(f"{TREE}/shorter.txt")
+    assert isinstance(path, ObjectPath)
+    with RangedFile(path) as file, RangedFile(path.looked_up()) as listed:
+        assert file.read(SMALLEST) == whole[:SMALLEST]
+        put("shorter.txt", b"short")
+        assert listed.seek(100) == 100
+        for opened in (file, listed):
+            with pytest.raises(MismatchError, match=r"shorter\.txt was written again while it was read"):
+                opened.read(1)
+
+
+def test_all_tables_of_an_index_are_of_one_version(bucket: Bucket, corpora: Corpora) -> None:
+    """Each is read by a file of its own: the lengths of one version would stand beside the documents of another."""
+    for name in ("docs.bin", "docs.idx"):
+        put(f"indexed/{name}", corpora.files[f"megatron/{name}"])
+    index = bytearray(corpora.files["megatron/docs.idx"])
+    index[34:38] = (1).to_bytes(4, "little")  # the length of the first document
+    asked: list[str] = []
+
+    def seen(request: Request) -> None:
+        if request.method == "GET" and request.path.endswith("docs.idx"):
+            asked.append(request.path)
+            if len(asked) == 2:
+                put("indexed/docs.idx", bytes(index))
+
+    bucket.server.seen = seen
+    with pytest.raises(MismatchError, match=r"docs\.idx was written again while it was read"):
+        list(MegatronForm().rows(location(f"{TREE}/indexed/docs.bin"), None, 0))
+
+
 def test_reading_on_after_the_end_and_backwards(bucket: Bucket) -> None:
     put("some.txt", bytes(range(256)) * 1024)
     path = location(f"{TREE}/some.txt")
@@ -317,6 +352,9 @@ def test_reading_on_after_the_end_and_backwards(bucket: Bucket) -> None:
         assert file.read(3) == whole[:3]
         assert file.seek(len(whole) + 9) == len(whole) + 9
         assert file.read(1) == b""
+        for place in ((-1, 0), (-len(whole) - 1, 2), (-len(whole) - 10, 1)):
+            with pytest.raises(OSError, match="Invalid argument"):
+                file.seek(*place)
     put("none.txt", b"")
     for opened in (location(f"{TREE}/none.txt"), location(f"{TREE}/none.txt").looked_up()):  # type: ignore[attr-defined]
         with RangedFile(opened) as file:
@@ -349,6 +387,7 @@ def test_what_is_not_there_is_named(corpora: Corpora) -> None:
         ("s3://no-such-bucket/*.jsonl", UsageError, "there is no bucket s3://no-such-bucket"),
         ("s3://key:secret@bucket/a.jsonl", UsageError, "of the corpus cannot be used"),
         (f"{TREE}/a.jsonl?X-Amz-Signature=secret", UsageError, "without credentials"),
+        (["s3://key:secret@bucket/a.jsonl"], UsageError, "of the corpus cannot be used"),
         (f"{TREE}/all.jsonl:rows", CorpusError, "a split is for"),
         (f"{TREE}/keyed.json:none", CorpusError, "expected an object with an array of rows under 'none'"),
     ):
