@@ -36,7 +36,10 @@ class Command:
 STORE = "--store {F}/store"
 BUILD = (
     f"build --checkpoint {{I}}/model --data {{I}}/corpus.jsonl {STORE} --name part --span-rows 5 --device cpu --quiet"
+    " --proj-rank-total 64"
 )
+"""Blocks of 64 numbers: by default the second moment of this model would have 150 MB, which each case copies and holds.
+"""
 ASK = f"{STORE} --val-set {{I}}/val.jsonl --device cpu --quiet"
 DRAWN = f"{ASK} --rows 12 --val-samples 3"
 TRAIN = (
