@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress
+from query.ask.groups import with_mean
 from query.ask.question import Question
-from query.ask.scorer import Scorer, with_mean
+from query.ask.scorer import Scorer
 from query.search.part_score import Term, contrasted
 from query.search.search import RowFacts
 from query.search.vectors import PartVectors

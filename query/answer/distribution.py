@@ -14,8 +14,6 @@ from query.ask.scorer import Scorer
 from query.ask.second_stage import Reranking
 from query.search.top_k import Ranking
 
-BINS = 60
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainRows:
@@ -39,33 +37,27 @@ class Distribution:
     domains: list[DomainRows]
     """Those with any row, in the order of the part, rows without a domain first; empty where no row has one."""
 
-    @classmethod
-    def of(cls, part: Part, scores_N: NDArray[np.float64], hits: NDArray[np.int64]) -> Distribution:
-        """That of ``scores_N``, (N,) by row of ``part``, of which ``hits`` are listed. ``scores_N`` has a number."""
-        low, high, counts = binned(scores_N)
-        (ranked,) = np.nonzero(np.isfinite(scores_N))
-        return cls(rows=len(ranked), low=low, high=high, counts=counts.tolist(), domains=_domains(part, ranked, hits))
 
-
-def binned(scores_N: NDArray[np.float64]) -> tuple[float, float, NDArray[np.int64]]:
-    """(lowest, highest, (60,) counts) of the finite ones of ``scores_N``, of which there is one."""
-    finite = scores_N[np.isfinite(scores_N)]
-    low, high = float(finite.min()), float(finite.max())
-    spread = high - low
-    if spread <= 1e-12 * max(abs(low), abs(high)):  # less is rounding
-        shares = np.full(len(finite), 0.5)
-    else:
-        shares = (finite - low) / spread
-    counts, _ = np.histogram(shares, BINS, (0.0, 1.0))
-    return low, high, counts
-
-
-def distributions(scorer: Scorer, best: Ranking, progress: Progress) -> list[Distribution | None]:
-    """One for each ranking of ``scorer``, whose best rows are ``best``; None where no row has a score."""
-    return [
-        Distribution.of(scorer.part, scores_N, rows[rows >= 0]) if np.isfinite(scores_N).any() else None
-        for scores_N, rows in zip(scorer.scores(progress), best.rows, strict=True)
-    ]
+def counted_rankings(
+    scorer: Scorer, top_k: int, bottom_k: int, progress: Progress
+) -> tuple[tuple[Ranking, Ranking], list[Distribution | None]]:
+    """((best, worst) rows of each ranking of ``scorer``, how the scores of all rows lie; None where no row has one)."""
+    best, worst = scorer.rank(max(1, top_k), max(1, bottom_k), progress)
+    counted: list[Distribution | None] = [None] * len(best.rows)
+    if (best.rows[:, 0] >= 0).all():
+        low_Q, high_Q = worst.scores[:, 0], best.scores[:, 0]
+        counts_QB, has_N = scorer.counts(low_Q, high_Q, progress)
+        counted = [
+            Distribution(
+                rows=int(counts_B.sum()),
+                low=float(low),
+                high=float(high),
+                counts=counts_B.tolist(),
+                domains=_domains(scorer.part, np.nonzero(has_N)[0], rows[:top_k][rows[:top_k] >= 0]),
+            )
+            for counts_B, low, high, rows in zip(counts_QB, low_Q, high_Q, best.rows, strict=True)
+        ]
+    return (best.cut(top_k), worst.cut(bottom_k)), counted
 
 
 def refuse_histogram(how: Reranking, index: str) -> None:

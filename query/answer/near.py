@@ -16,7 +16,7 @@ from ghoststore.settings.question import QueryOptions
 from ghoststore.store import Part
 from ghoststore.store.part.metric import metric_for
 from ghoststore.store.where.rows import Chosen
-from query.answer.distribution import Distribution, distributions
+from query.answer.distribution import Distribution, counted_rankings
 from query.answer.results import QueryHits, QueryResult, hits_of
 from query.ask.encoder import ValVectors
 from query.ask.question import Question
@@ -75,17 +75,17 @@ def query_near(options: QueryOptions, progress: Progress) -> QueryResult:
         chosen=Chosen(question.where or "", mask, int(mask.sum())),
     )
     note_repeated(part, progress)
+    counts = (options.top_k, options.bottom_k)
+    counted: list[Distribution | None] = [None]
     if options.histogram:
-        scorer.scores(progress)  # the rows are ranked by these: the vectors are read once
-    rankings = scorer.rank(options.top_k, options.bottom_k, progress)
-    counted: Distribution | None = None
-    if options.histogram:
-        (counted,) = distributions(scorer, rankings[0], progress)
+        rankings, counted = counted_rankings(scorer, *counts, progress)
+    else:
+        rankings = scorer.rank(*counts, progress)
     (best,), (worst,) = hits_of(part, rankings, options.text, progress, data=question.data)
     return QueryResult(
         store=str(question.store),
         settings=_settings(scorer, options, matching),
-        results=[QueryHits(query=name, hits=best, bottom=worst, histogram=counted)],
+        results=[QueryHits(query=name, hits=best, bottom=worst, histogram=counted[0])],
     )
 
 

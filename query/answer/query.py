@@ -19,7 +19,7 @@ from ghoststore.store.part.fidelity import read_fidelity
 from ghoststore.store.part.metric import metric_for
 from query.ann.index import AnnIndex, refuse_lengths
 from query.answer.contributions import recomputable
-from query.answer.distribution import Distribution, distributions, refuse_histogram
+from query.answer.distribution import Distribution, counted_rankings, refuse_histogram
 from query.answer.near import query_near
 from query.answer.report import write_report
 from query.answer.results import QueryHits, QueryResult, hits_of, with_nats
@@ -186,19 +186,16 @@ def _answer(
         )
         scorer.find = find
         note_repeated(scorer.part, progress)
-        if "histogram" in settings and len(scorer.names) == 1:
-            # The rows are ranked by these, and the vectors read once. Of several queries their last bits may differ.
-            scorer.scores(progress)
-        if how.rerank is None:
+        counted: Sequence[Distribution | None] = [None] * len(scorer.names)
+        if "histogram" in settings:
+            rankings, counted = counted_rankings(scorer, *counts, progress)
+        elif how.rerank is None:
             rankings = scorer.rank(*counts, progress, index=ann)
         else:
             rankings = rank_anew(scorer, how, *counts, progress, ann)
         if ann is not None and not scorer.by_index:  # it could not be filtered
             settings = {**settings, "index": "exact"}
         explained = explain(scorer, rankings, progress) if "tokens" in settings else None
-        counted: Sequence[Distribution | None] = [None] * len(scorer.names)
-        if "histogram" in settings:
-            counted = distributions(scorer, rankings[0], progress)
         hits = hits_of(scorer.part, rankings, text, progress, scorer.blend or scorer.hybrid, question.data, explained)
         unit = unit_of(question, parts, rounded=how.rerank is None) if how.in_metric else None
         settings = {"unit": None if unit is None else unit.to_json(), **settings}

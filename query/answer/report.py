@@ -21,11 +21,11 @@ from ghoststore.shown import visible
 from ghoststore.store import Part, Status
 from ghoststore.store.base.new_files import new_file
 from query.answer.contributions import Contributions, contributions
-from query.answer.distribution import BINS, binned
 from query.answer.results import Hit, MixedHit, QueryResult, title_of
 from query.answer.tokens import Token, pieces
 from query.ask.scorer import Scorer
 from query.ask.unit import metric_words, unit_of, unit_words
+from query.search.counts import BINS, bins_of, equal
 from query.search.top_k import Ranking
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -121,8 +121,9 @@ def histogram(scores_N: NDArray[np.float64], hits: Sequence[Hit]) -> dict[str, A
     finite = scores_N[np.isfinite(scores_N)]
     if not len(finite):
         return None
-    low, high, counts = binned(finite)
-    spread = high - low if high - low > 1e-12 * max(abs(low), abs(high)) else 0.0  # less is rounding
+    low, high = float(finite.min()), float(finite.max())
+    counts = bins_of(finite, low, high)
+    spread = 0.0 if equal(low, high) else high - low
     tall = HEIGHT * np.log1p(counts) / np.log1p(counts.max())
     wide = WIDTH / BINS
 

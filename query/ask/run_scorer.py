@@ -32,10 +32,11 @@ from ghoststore.store.run.visits import Visits, kept_of, stream_visits
 from indexer.layers import LayerType, layer_type_by_name
 from indexer.projection.selection import matches
 from query.ask.encoder import ValVectors
+from query.ask.groups import fused
 from query.ask.question import COMBINED
 from query.ask.run_encoder import RunEncoder
 from query.ask.run_question import RunQuestion
-from query.ask.scorer import fused, minus_settings
+from query.ask.scorer import minus_settings
 from query.search.part_score import Metric, contrasted
 from query.training_scores.matching import chosen_units
 from query.training_scores.sums import Units

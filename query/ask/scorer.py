@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ghoststore.checkpoint.in_memory import checkpoint_name
 from ghoststore.checkpoint.load import resolve_device
@@ -29,9 +27,11 @@ from ghoststore.store.where.rows import Chosen, part_matches
 from query.ann.index import AnnIndex
 from query.ask.blend import Blend, RowValues, rankings_of, values_of_rows
 from query.ask.encoder import PartEncoder, ValVectors
+from query.ask.groups import combined, fused, last_first
 from query.ask.lexical import Hybrid, PartWords, lexical_scores
 from query.ask.opened_model import OpenedModel
-from query.ask.question import COMBINED, Question
+from query.ask.question import Question
+from query.search.counts import bins_of, count_scores
 from query.search.part_score import Metric, Term
 from query.search.parts import choose_groups
 from query.search.search import Search, search, shared_spans, similarities
@@ -39,7 +39,6 @@ from query.search.second_moment import DampedInverse, checked_damping
 from query.search.top_k import Ranking
 from query.search.unions import refuse_united
 
-FUSION_CONSTANT = 60.0
 """Reciprocal rank fusion (Cormack, Clarke, Büttcher 2009): the score of a row is Σ over groups of 1 / (60 +
 its rank).
 """
@@ -226,7 +225,7 @@ class Scorer:
             )
         names = list(vals[0].ids)
         if question.group_field is not None:
-            terms, names = _combined(question, terms, names)
+            terms, names = combined(question, terms, names)
             if lexical_QN is not None:
                 lexical_QN = np.concatenate([lexical_QN.mean(0, keepdims=True), lexical_QN])
         return cls(
@@ -261,21 +260,22 @@ class Scorer:
             if (by_index := self._rank_by_index(index, counts, progress)) is not None:
                 return by_index
             self.by_index = False
-        if self.mixed or self._fused or self._scores is not None:  # the last: they are there already
+        if self._needs_all:
             scores = self.scores(progress)
             return rankings_of(scores, counts[0]), rankings_of(scores, counts[1], sign=-1.0)
-        combine: Literal["max"] | None = "max" if self._by_rows else None
         with closing(progress.task("searching", self.rows)) as task:
             best, worst = self.find(
                 self.terms,
                 top_k=counts[0],
                 bottom_k=counts[1],
-                combine=combine,
+                combine=self._combine,
                 device=self.device,
                 task=task,
                 allowed_N=self._allowed,
             )
-        return (_last_first(best), _last_first(worst)) if combine else (best, worst)
+        if not self._combine:
+            return best, worst
+        return last_first(best), last_first(worst)
 
     def _rank_by_index(
         self, index: AnnIndex, counts: tuple[int, int], progress: Progress
@@ -291,6 +291,40 @@ class Scorer:
             return rankings
         progress.note(f"index {index.name!r} {problem}: the rows that match are searched exactly")
         return None
+
+    def counts(
+        self, low_Q: NDArray[np.float64], high_Q: NDArray[np.float64], progress: Progress
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """((Q, 60) counts of the scores of all rows in bins from the lowest to the highest, (N,) which rows have one),
+        for each ranking.
+        """
+        if self._needs_all:
+            scores = self.scores(progress)
+            has_QN = np.isfinite(scores)
+            bounds = zip(scores, has_QN, low_Q, high_Q, strict=True)
+            return np.stack([bins_of(own_N[has_N], *ends) for own_N, has_N, *ends in bounds]), has_QN[0]
+        if self._combine:  # which the search puts last
+            low_Q, high_Q = np.roll(low_Q, -1), np.roll(high_Q, -1)
+        with closing(progress.task("counting", self.rows)) as task:
+            counts_QB, has_N = count_scores(
+                self.terms,
+                low_Q,
+                high_Q,
+                combine=self._combine,
+                device=self.device,
+                task=task,
+                allowed_N=self._allowed,
+            )
+        return np.roll(counts_QB, 1, axis=0) if self._combine else counts_QB, has_N
+
+    @property
+    def _needs_all(self) -> bool:
+        """Whether rankings are made of the scores of all rows, or these are there already."""
+        return self.mixed or self._fused or self._scores is not None
+
+    @property
+    def _combine(self) -> Literal["max"] | None:
+        return "max" if self._by_rows else None
 
     @property
     def _allowed(self) -> NDArray[np.bool_] | None:
@@ -388,34 +422,9 @@ class Scorer:
         }
 
 
-def _combined(question: Question, terms: list[Term], names: list[str]) -> tuple[list[Term], list[str]]:
-    """``terms`` and ``names`` of the groups, with the combined ranking put first.
-
-    With ``combine="mean"`` it is one more query, the mean of all: its score is the mean of their scores.
-    """
-    if COMBINED in names:
-        raise UsageError(
-            f"a group of `group_field={question.group_field}` is called {COMBINED!r}, as the ranking over all groups "
-            "is: give it another name"
-        )
-    if question.combine == "mean":
-        terms = [term.with_queries(with_mean(term.queries_QD)) for term in terms]
-        if not max(term.lengths[0] for term in terms):
-            raise UsageError(
-                "the groups cancel each other: the mean of their queries is zero, and every row would score the same; "
-                "give `combine=max` or rank-fusion"
-            )
-    return terms, [COMBINED, *names]
-
-
 def minus_settings(question: Question, minus: ValVectors) -> dict[str, Any]:
     """What the settings of a result say about the val set that is subtracted."""
     return {"minus": source_name(question.minus), "minus_rows": minus.used, "minus_rows_left_out": minus.left_out}
-
-
-def with_mean(queries_QD: Tensor) -> Tensor:
-    """(1 + Q, D): the mean of the queries, followed by the queries."""
-    return torch.cat([queries_QD.mean(0, keepdim=True), queries_QD])
 
 
 def _refuse_other_queries(parts: Sequence[Part], vals: Sequence[ValVectors]) -> None:
@@ -427,20 +436,3 @@ def _refuse_other_queries(parts: Sequence[Part], vals: Sequence[ValVectors]) -> 
                 f"(or others) at that of part {parts[0].name!r} (left out: {val.left_out}, {vals[0].left_out}): scores "
                 "cannot be summed. Remove these val samples, or query one part"
             )
-
-
-def _last_first(ranking: Ranking) -> Ranking:
-    """The ranking with its last query moved to the front: ``search`` puts the combined one last."""
-    return Ranking(np.roll(ranking.rows, 1, axis=0), np.roll(ranking.scores, 1, axis=0))
-
-
-def fused(scores_QN: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(1, N): reciprocal rank fusion of Q rankings, Σ 1 / (60 + rank); equal scores by lower row, NaN stays NaN."""
-    total = np.zeros(scores_QN.shape[1])
-    for scores_N in scores_QN:
-        order = np.argsort(-scores_N, kind="stable")  # NaN last
-        rank = np.empty(len(order))
-        rank[order] = np.arange(1, len(order) + 1)
-        total += 1.0 / (FUSION_CONSTANT + rank)
-    total[np.isnan(scores_QN).any(0)] = np.nan
-    return total[None]

@@ -154,7 +154,7 @@ def units_of(terms: Sequence[Term], combine: Combine | None) -> NDArray[np.float
     return np.full(len(lengths_Q) + 1, lengths_Q.max())  # to compare scores, all must have one scale
 
 
-class _PieceScores:
+class PieceScores:
     """Scores of the rows of ``terms``, piece by piece. They are scaled so that no query is longer than 1.
 
     With ``combine="max"`` one more column follows those of the queries: the largest score of a row.
@@ -184,7 +184,7 @@ class _PieceScores:
         """Number of rankings: one for each query, and the combined one."""
         return len(self.units_Q)
 
-    def each(self, work: Callable[[_Piece], Result], spans: Sequence[int]) -> Iterator[tuple[int, Result]]:
+    def each(self, work: Callable[[Piece], Result], spans: Sequence[int]) -> Iterator[tuple[int, Result]]:
         """(rows, result) of ``work`` on each piece of ``spans``, in order, which must be committed in every part.
 
         On the CPU, ``work`` runs on several threads.
@@ -214,7 +214,7 @@ class _PieceScores:
         for results in on_threads(work_on, units.announced(spans)):
             yield from results
 
-    def _piece(self, unit: Unit, facts: list[RowFacts]) -> _Piece:
+    def _piece(self, unit: Unit, facts: list[RowFacts]) -> Piece:
         start, stop = unit.start, unit.stop
         of_rows = [fact.of(start, stop) for fact in facts]
         usable = np.logical_and.reduce([usable for usable, _, _ in of_rows])
@@ -224,9 +224,9 @@ class _PieceScores:
         lengths = [torch.from_numpy(length).to(self.device) for _, length, _ in of_rows]
         # Products of such numbers are not within their bound.
         wild = [torch.from_numpy(_out_of_range(length) | _out_of_range(factor)) for _, length, factor in of_rows]
-        return _Piece(self, unit, torch.from_numpy(usable).to(self.device), factors, lengths, wild)
+        return Piece(self, unit, torch.from_numpy(usable).to(self.device), factors, lengths, wild)
 
-    def cheap(self, piece: _Piece) -> tuple[Tensor, Tensor]:
+    def cheap(self, piece: Piece) -> tuple[Tensor, Tensor]:
         """(float32 scores, their largest errors), each (R, columns)."""
         cheap_RQ = slack_RQ = torch.zeros(())
         for place, (product_RQ, products) in enumerate(zip(piece.unit.products, self._products, strict=True)):
@@ -249,7 +249,7 @@ class _PieceScores:
             torch.cat([slack_RQ, slack_RQ.amax(1, keepdim=True)], dim=1),
         )
 
-    def exact(self, piece: _Piece, places: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float64]:
+    def exact(self, piece: Piece, places: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float64]:
         """Scores of pairs of a row of the piece and a column, float64."""
         scores = np.empty(len(places))
         single = columns < self.queries
@@ -260,7 +260,7 @@ class _PieceScores:
             scores[~single] = each.reshape(len(rows), self.queries).max(1)
         return scores
 
-    def _pairs(self, piece: _Piece, places: NDArray[np.int64], queries: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _pairs(self, piece: Piece, places: NDArray[np.int64], queries: NDArray[np.int64]) -> NDArray[np.float64]:
         """(pairs,) float64: the scores of pairs of a row of the piece and a query, summed over parts."""
         scores = np.zeros(len(places))
         for unit_QD, rows, factor_R in zip(self._unit_QD, piece.unit.rows, piece.factors, strict=True):
@@ -273,7 +273,7 @@ class _PieceScores:
                 scores[batch] += pair_scores(rows_RD, factor_R[chosen_R], unit_QD, place, queries[batch])
         return scores
 
-    def all_of(self, piece: _Piece) -> NDArray[np.float64]:
+    def all_of(self, piece: Piece) -> NDArray[np.float64]:
         """(Q, R) scores, summed in the order that :meth:`exact` sums in, so that equal rows have equal scores."""
         scores = np.zeros((self.queries, len(piece.usable_R)))
         for unit_QD, rows, factor_R in zip(self._unit_QD, piece.unit.rows, piece.factors, strict=True):
@@ -290,10 +290,10 @@ class _PieceScores:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class Piece:
     """Rows of all terms: one entry for each term in ``factors``, ``lengths`` and ``wild``."""
 
-    scores: _PieceScores
+    scores: PieceScores
     unit: Unit
     usable_R: Tensor
     factors: list[Tensor]
@@ -302,7 +302,7 @@ class _Piece:
     """(R,) bool, on the CPU: whether the length or the factor of a row is :func:`_out_of_range`."""
 
     def exact(self, places: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float64]:
-        """See :meth:`_PieceScores.exact`."""
+        """See :meth:`PieceScores.exact`."""
         return self.scores.exact(self, places, columns)
 
 
@@ -319,14 +319,14 @@ class ExactSearch:
         device: str = "cpu",
         allowed_N: NDArray[np.bool_] | None = None,
     ) -> None:
-        self._scores = _PieceScores(terms, combine, device, allowed_N, screened=True)
+        self._scores = PieceScores(terms, combine, device, allowed_N, screened=True)
         columns = self._scores.columns
         self.best, self.worst = RunningTopK(columns, top_k), RunningTopK(columns, bottom_k)
 
     def over(self, spans: Sequence[int], task: Task | None = None) -> None:
         """Add the rows of ``spans``. Raises CorruptError for a damaged chunk."""
 
-        def work(piece: _Piece) -> None:
+        def work(piece: Piece) -> None:
             cheap_RQ, slack_RQ = self._scores.cheap(piece)
             of_piece = piece.usable_R, piece.unit.start, piece.exact
             self.best.consider(cheap_RQ, slack_RQ, *of_piece)
@@ -387,11 +387,11 @@ def similarities(
 
     Memory: 8 bytes for each row and query, and one chunk. Raises CorruptError for a damaged chunk.
     """
-    scores = _PieceScores(terms, None, device, allowed_N, screened=False)
+    scores = PieceScores(terms, None, device, allowed_N, screened=False)
     terms[0].part.refuse_hollow()
     scores_QN = np.full((scores.queries, terms[0].part.layout.rows), np.nan)
 
-    def work(piece: _Piece) -> None:
+    def work(piece: Piece) -> None:
         usable = piece.usable_R.cpu().numpy()
         scores_QN[:, piece.unit.start : piece.unit.stop] = np.where(usable, scores.all_of(piece), np.nan)
 

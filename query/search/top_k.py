@@ -28,6 +28,10 @@ class Ranking:
     scores: NDArray[np.float64]
     """(Q, k)."""
 
+    def cut(self, k: int) -> Ranking:
+        """The first k of each query."""
+        return Ranking(self.rows[:, :k], self.scores[:, :k])
+
 
 class RunningTopK:
     """The k largest scores so far, for each of Q queries; equal scores by lower row.

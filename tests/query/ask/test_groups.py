@@ -14,8 +14,8 @@ from ghoststore import ProjectionConfig
 from ghoststore.errors import CorpusError, UsageError
 from ghoststore.progress import Silent
 from query.ask.encoder import ValVectors
+from query.ask.groups import fused
 from query.ask.question import Question
-from query.ask.scorer import fused
 from query.search.search import similarities
 from tests.support.parts import opened_scorer, vectors_of
 

@@ -19,8 +19,8 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
 from ghoststore.store import Store
 from query.answer.contributions import Contributions, contributions
+from query.ask.groups import fused
 from query.ask.question import Question
-from query.ask.scorer import fused
 from query.search.part_score import Term
 from query.search.search import similarities
 from tests.support.made_parts import clustered, make_part

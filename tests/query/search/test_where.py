@@ -20,8 +20,8 @@ from ghoststore import ProjectionConfig
 from ghoststore.errors import UsageError
 from ghoststore.store import Part, Run, Store
 from query.ann.index import AnnIndex
+from query.ask.groups import fused
 from query.ask.question import Question
-from query.ask.scorer import fused
 from query.search.part_score import Term
 from query.search.search import search, similarities
 from tests.support.made_parts import ROWS as MADE_ROWS
