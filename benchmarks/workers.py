@@ -8,10 +8,13 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
 from common import Results, Table, folders, machine_facts, scratch_folder
+
+ONE, APART = "one process", "builds apart, at once"
 
 
 def built(store: Path, words: list[str]) -> tuple[float, dict[str, float]]:
@@ -26,6 +29,14 @@ def built(store: Path, words: list[str]) -> tuple[float, dict[str, float]]:
         text=True,
     )
     return time.perf_counter() - began, json.loads(done.stdout)["seconds"]
+
+
+def at_once(stores: list[Path], words: list[str]) -> tuple[float, float]:
+    """(wall seconds, mean seconds of the spans) of a build into each of ``stores``, all at once."""
+    began = time.perf_counter()
+    with ThreadPoolExecutor(len(stores)) as pool:
+        seconds = [inside["compute"] for _, inside in pool.map(lambda store: built(store, words), stores)]
+    return time.perf_counter() - began, statistics.mean(seconds)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -74,11 +85,11 @@ def main(
     with scratch_folder(scratch) as folder:
         words = ["--checkpoint", str(saved_model(folder / "model", tokenizer, layers, width)), "--data", data]
         words += ["--max-samples", str(rows), "--span-rows", "32", "--device", "cpu"]
-        ways = {"one process": []} | {
+        ways = {ONE: []} | {
             engine: ["--workers", str(workers), *(["--engine", "ray"] if engine == "ray" else [])] for engine in engines
         }
-        walls: dict[str, list[float]] = {way: [] for way in ways}
-        inside: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+        walls: dict[str, list[float]] = {way: [] for way in (*ways, APART)}
+        inside: dict[str, list[dict[str, float]]] = {way: [] for way in walls}
         bytes_of: dict[str, bool] = {}
         for turn in range(turns):
             first: dict[str, bytes] = {}
@@ -90,6 +101,9 @@ def main(
                 files = tree(store / "parts/part")
                 first = first or files
                 bytes_of[way] = bytes_of.get(way, True) and files == first
+            wall, seconds = at_once([folder / f"apart {turn} {number}" for number in range(workers)], words)
+            walls[APART].append(wall / workers)
+            inside[APART].append({"compute": seconds / workers})
         facts = {
             "rows": rows,
             "model": f"GPT-2, {layers} layers, width {width}",
@@ -98,23 +112,23 @@ def main(
         }
         results = Results(name="workers", title=f"A build by {workers} workers", settings=facts, facts=machine_facts())
         lines = []
-        for way in ways:
-            whole = [one / other for one, other in zip(walls[way], walls["one process"], strict=True)]
-            spans = [
-                one["compute"] / other["compute"] for one, other in zip(inside[way], inside["one process"], strict=True)
-            ]
+        for way in walls:
+            whole = [one / other for one, other in zip(walls[way], walls[ONE], strict=True)]
+            spans = [one["compute"] / other["compute"] for one, other in zip(inside[way], inside[ONE], strict=True)]
             lines.append(
                 {
-                    "by": way if way == "one process" else f"{workers} {'of Ray' if way == 'ray' else way}",
+                    "by": way if way == ONE else f"{workers} {'of Ray' if way == 'ray' else way}",
                     "wall seconds": f"{statistics.median(walls[way]):.1f}",
                     "÷ one process": f"{statistics.median(whole):.2f} ({min(whole):.2f} to {max(whole):.2f})",
                     "its spans alone ÷": f"{statistics.median(spans):.2f} ({min(spans):.2f} to {max(spans):.2f})",
-                    "same bytes": "yes" if bytes_of[way] else "NO",
+                    "same bytes": "" if way == APART else "yes" if bytes_of[way] else "NO",
                 }
             )
         note = (
             "Wall time from the shell, with starting Python, loading the model, the scan of the corpus and learning "
-            "the projection, which one worker does while the others wait. Its spans alone: after that."
+            "the projection, which one worker does while the others wait. Its spans alone: after that. Builds apart: "
+            "as many whole builds at once, each of a store of its own, ÷ their number: what the cores give to work "
+            "that has nothing in common. No division of one build can take less."
         )
         results.add(Table(title="A build from nothing", rows=lines, note=note), walls=walls, inside=inside)
         results.write(out)
