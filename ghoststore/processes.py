@@ -17,6 +17,8 @@ from typing import Any
 
 SET_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of Linux's prctl."""
+MOST_ARENAS = -8
+"""M_ARENA_MAX of glibc's mallopt."""
 HOST_PROCESSES = "pid:[4026531836]"
 """Linux's name of the first namespace of process ids, outside all containers."""
 
@@ -104,6 +106,20 @@ def end_with(parent: int) -> None:
     # The parent may have ended before this call.
     if os.getppid() != parent:
         os._exit(1)
+
+
+def share_memory_among_threads() -> None:
+    """Have all threads of this process take memory from one place, where that is glibc's to say.
+
+    Else each of a server's threads keeps what it freed, and the process grows with the number of them. For a process
+    of its own, before there are threads.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        ctypes.CDLL(None).mallopt(MOST_ARENAS, 1)
+    except (OSError, AttributeError):
+        return
 
 
 def end_with_parent() -> None:

@@ -19,7 +19,9 @@ def command(keywords: options.Keywords) -> None:
       ghoststore serve --store ./store --store small=/data/other/store
     """
     from ghoststore.cli.terminal import say
+    from ghoststore.processes import share_memory_among_threads
 
+    share_memory_among_threads()
     explorer = load("serve")(**keywords)
     say(explorer.url)
     explorer.run()
