@@ -20,10 +20,10 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def fed(y_NC: Tensor, k: int, terms: int, lots: int = 3) -> Leading:
+def fed(y_NC: Tensor, k: int, terms: int, lots: int = 3, device: torch.device = CPU) -> Leading:
     """A Leading that has seen the columns lot by lot, as ``terms`` terms in all."""
-    found = Leading(len(y_NC), k, drawn_directions("key", len(y_NC), k, CPU), CPU)
-    for place, lot in enumerate(y_NC.chunk(lots, dim=1)):
+    found = Leading(len(y_NC), k, drawn_directions("key", len(y_NC), k, device), device)
+    for place, lot in enumerate(y_NC.to(device).chunk(lots, dim=1)):
         found.add(lot, terms - (lots - 1) if place == 0 else 1)
     return found
 
@@ -74,6 +74,18 @@ def test_fewer_terms_than_eigenvectors(n: int) -> None:
     torch.testing.assert_close(factor.values[:3].double(), values, rtol=1e-4, atol=0)
     torch.testing.assert_close(factor.vectors @ factor.vectors.t(), torch.eye(12), rtol=0, atol=1e-5)
     assert 0 <= factor.rest <= 1e-6 * float(factor.values[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("n", [50, 400])
+def test_on_a_gpu_as_on_a_cpu(n: int) -> None:
+    y_NC = numbers(n, n) * torch.linspace(1, 3, n).square().unsqueeze(1)
+    there, here = (fed(y_NC, 12, 50, device=torch.device(device)).factor() for device in ("cuda", "cpu"))
+    assert there.vectors.device == there.values.device == CPU
+    torch.testing.assert_close(there.values, here.values, rtol=1e-4, atol=0)
+    torch.testing.assert_close(there.vectors, here.vectors, rtol=0, atol=1e-3)
+    assert there.rest == pytest.approx(here.rest, rel=1e-4)
 
 
 @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf, 1e30])
