@@ -120,7 +120,7 @@ def test_rows_by_hand(explorer: ghoststore.Explorer) -> None:
     assert [json.loads(line)["source_row"] for line in entries] == [3, 7, 21]
 
 
-@pytest.mark.thin(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

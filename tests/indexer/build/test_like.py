@@ -183,7 +183,6 @@ def test_a_learned_array_that_is_lost_is_copied_back(store: Path) -> None:
     assert lost.read_bytes() == before
 
 
-@pytest.mark.slow
 def test_workers_build_the_same(store: Path) -> None:
     ghoststore.build(like="old", data=store.parent / "new.jsonl", store=store, name="two", workers=2, device="cpu")
     new, two = (Store.open(store).part(name) for name in ("new", "two"))

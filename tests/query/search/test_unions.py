@@ -203,6 +203,7 @@ def test_the_page(folder: Path, tmp_path: Path) -> None:
     assert "cloud" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_command_line_says_the_part(folder: Path, lab: Lab) -> None:
     words: list[str | Path] = [
         "query",
@@ -291,6 +292,7 @@ def test_a_part_of_one_short_span(folder: Path, lab: Lab, tmp_path: Path) -> Non
         assert by_id[0] == by_id[1] == pytest.approx(by_id[2], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_grown_at_its_end(folder: Path, lab: Lab, tmp_path: Path) -> None:
     """One file for both parts: places are those in the file, texts are read from it."""
     rows, data = corpus_rows(lab), tmp_path / "data.jsonl"
