@@ -27,7 +27,7 @@ demo: $(READY)  ## the whole story in under 3 minutes, nothing downloaded
 # those of few tests last, among which are the longest.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-test: $(READY)  ## run the fast tests: every kind of fault, in about 8 minutes on 2 cores
+test: $(READY)  ## run the fast tests: every kind of fault, in about 6 minutes on 2 cores
 	$(PYTEST) -m "not slow"
 
 test-all: $(READY)  ## run all tests: every case of every grid, every moment of a kill

@@ -109,6 +109,7 @@ def test_a_build_goes_on_with_the_same_adapter_alone(made: Path, tmp_path: Path)
     assert np.array_equal(vectors_of(Store.open(store).part("part")), vectors)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("part", ["part", "merged", "default"])
 def test_questions_find_base_and_adapter_again(made: Path, part: str) -> None:
     found = hits(query(made, part))

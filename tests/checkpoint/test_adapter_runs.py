@@ -36,6 +36,7 @@ ROWS_READ = Dataset.from_dict({"input_ids": IDS, "labels": IDS, "sample": list(r
 pytest.importorskip("peft", reason="peft is not installed: pip install 'ghoststore[peft]'")
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     "settings", [{"target_modules": ["c_attn", "c_fc"]}, {"target_modules": ["c_attn"], "use_dora": True}]
 )
@@ -71,6 +72,7 @@ def test_gradients_at_a_checkpoint_are_those_that_were_kept(lab: Lab, tmp_path: 
     assert len(result[0]) == 10
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"modules_to_save": ["ln_f"]}])
 def test_the_optimizer_state_of_the_training_scales_the_adapter(
     lab: Lab, tmp_path: Path, settings: dict[str, Any]

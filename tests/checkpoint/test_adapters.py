@@ -49,6 +49,7 @@ def logits(model: Any) -> Tensor:
     return model(torch.arange(1, 12).unsqueeze(0)).logits.detach()
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_model_and_its_vectors_are_exact(tmp_path: Path, kind: str) -> None:
     make, settings = KINDS[kind]
@@ -66,6 +67,7 @@ def test_the_model_and_its_vectors_are_exact(tmp_path: Path, kind: str) -> None:
     assert relative_error(vectors, expected.vectors) <= 1e-5
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", ["llama lora", "llama dora", "llama saved", "llama embeddings", "gpt2 saved"])
 def test_all_layers_are_exact_too(kind: str) -> None:
     """Those of the base as well, but not the modules in whose place the adapter has its own."""
@@ -92,6 +94,7 @@ def test_the_merged_model_is_an_ordinary_one(tmp_path: Path, kind: str) -> None:
 TRAINED = KINDS | {"gpt2 biases": (gpt2, {"target_modules": ["c_attn"], "bias": "lora_only"})}
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("kind", [kind for kind in TRAINED if kind != "llama dropout"])
 def test_training_scores_are_exact(kind: str) -> None:
     make, settings = TRAINED[kind]
@@ -121,6 +124,7 @@ def test_every_parameter_has_the_dtype_that_was_asked_for(tmp_path: Path, kind: 
     assert all(p.dtype == torch.float32 for p in peft.parameters())
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_number_of_an_adapter_counts(tmp_path: Path, kind: str) -> None:
     make, settings = KINDS[kind]

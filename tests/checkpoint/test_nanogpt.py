@@ -391,6 +391,7 @@ def test_changes_in_memory_are_noticed(tmp_path: Path) -> None:
             store.query(data)
 
 
+@pytest.mark.slow
 def test_the_doctor(tmp_path: Path) -> None:
     model = gpt()
     data = write_stream(tmp_path / "val.bin", torch.arange(400) * 7 % 101)

@@ -184,6 +184,7 @@ def test_checkpoint(lab: Lab, model: Path, tmp_path: Path, harm: Callable[[Path]
     assert not list(tmp_path.glob("store/parts/*/zarr.json"))
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(
     ("content", "patterns"),
     [

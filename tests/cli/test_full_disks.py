@@ -50,7 +50,7 @@ def refused(lab: Lab, words: list[str], limit: int) -> str:
     return line
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("command", "limit", "what"),
     [

@@ -41,6 +41,7 @@ ROWS: dict[str, Any] = {
 }
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("kind", ROWS)
 def test_after_a_build(lab: Lab, tmp_path: Path, kind: str) -> None:
     """Of a store whose name a shell would cut, beside another part."""

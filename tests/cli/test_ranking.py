@@ -110,6 +110,7 @@ def test_columns_without_a_text_are_left_out(
     assert head.split() == ["rank", "Σ", "η·score", "times", "id", "row"]
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("width", [80, 100, 160])
 def test_watch_shows_whole_ids(width: int, tmp_path: Path) -> None:
     """A live view has a line for each sample: its text gives way."""

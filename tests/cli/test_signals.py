@@ -65,6 +65,7 @@ def test_a_command_that_starts_over(lab: Lab, built: Path, command: str, signal:
     assert "Traceback" not in outcome.err
 
 
+@pytest.mark.thin(1)
 @pytest.mark.kill
 @pytest.mark.parametrize("signal", CODES)
 def test_a_build(lab: Lab, built: Path, signal: str, tmp_path: Path) -> None:

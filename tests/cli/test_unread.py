@@ -134,7 +134,7 @@ def alpaca(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return lab.write(tmp_path_factory.mktemp("alpaca") / "rows.jsonl", rows)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     "words",
     [

@@ -169,6 +169,7 @@ def test_a_document_that_changed(tmp_path: Path) -> None:
         list(corpus.samples(places[3]))
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_byte_that_is_another(shape: str, tmp_path: Path) -> None:
     """An error of the corpus, or rows; never anything else. A row that is read alone is the same as in order."""

@@ -59,6 +59,7 @@ def test_documents(dtype: str, split: bool, tmp_path: Path) -> None:
         assert list(corpus.samples(places[3])) == samples[3:]
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_shards_are_those_of_the_texts(lab: Lab, workers: str, tmp_path: Path) -> None:
     tokenizer = lab.checkpoint

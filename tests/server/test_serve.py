@@ -84,6 +84,7 @@ QUESTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_answers_are_those_of_the_library(explorer: ghoststore.Explorer, built: Path, question: dict[str, Any]) -> None:
     status, _, body = ask(explorer, "/api/query", question)

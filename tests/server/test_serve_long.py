@@ -32,6 +32,7 @@ def held() -> tuple[int, int, int]:
     return tensors, objects.count(Session), objects.count(Watcher)
 
 
+@pytest.mark.slow
 def test_many_questions_hold_no_more_than_a_few(built: Path) -> None:
     gc.unfreeze()  # what was there when the tests were collected is looked at, too
     with ghoststore.serve({"one": built, "two": built}) as explorer:

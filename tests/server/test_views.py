@@ -73,6 +73,7 @@ CHOICES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("options", CHOICES, ids=[" ".join(options) for options in CHOICES])
 def test_files_are_those_that_select_writes(
     explorer: ghoststore.Explorer, store: Path, tmp_path: Path, options: dict[str, Any]
@@ -112,21 +113,27 @@ def test_the_dataset_card(
     assert b" --out chosen.jsonl " in files["README.md"]
 
 
-def test_rows_by_hand_and_the_command_line(explorer: ghoststore.Explorer, tmp_path: Path) -> None:
+def test_rows_by_hand(explorer: ghoststore.Explorer) -> None:
     answer = ask(explorer, "select", {"val_set": VAL, "source_rows": [7, 3, 21, 7]})
     rows, entries = (base64.b64decode(file["base64"]).decode().splitlines() for file in answer["files"])
     assert [json.loads(line)["note"] for line in rows] == ["é 3", "é 7", "é 21"]
     assert [json.loads(line)["source_row"] for line in entries] == [3, 7, 21]
-    choices: list[dict[str, Any]] = [{"source_rows": [7, 3, 21]}]
-    choices.append({"count": 5, "quota": ["sky=1.0", "odd=0"], "diversity": "facility-location"})
-    for options in choices:
-        answer = ask(explorer, "select", {"val_set": VAL, **options})
-        command = answer["explorer"]["command"].replace("| ghoststore ", f"| {sys.executable} -m ghoststore ")
-        folder = tmp_path / str(len(options))
-        folder.mkdir()
-        subprocess.run(["bash", "-c", command], cwd=folder, check=True, capture_output=True)
-        for file in answer["files"]:
-            assert (folder / file["name"]).read_bytes() == base64.b64decode(file["base64"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"count": 5, "quota": ["sky=1.0", "odd=0"], "diversity": "facility-location"},
+        {"source_rows": [7, 3, 21]},
+    ],
+)
+def test_the_command_line_of_a_choice(explorer: ghoststore.Explorer, tmp_path: Path, options: dict[str, Any]) -> None:
+    answer = ask(explorer, "select", {"val_set": VAL, **options})
+    command = answer["explorer"]["command"].replace("| ghoststore ", f"| {sys.executable} -m ghoststore ")
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, capture_output=True)
+    for file in answer["files"]:
+        assert (tmp_path / file["name"]).read_bytes() == base64.b64decode(file["base64"])
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -166,13 +173,18 @@ def test_the_model_is_loaded_again_after_choosing(explorer: ghoststore.Explorer)
     assert ask(explorer, "query", question)["results"] == before
 
 
-def test_near_duplicates(explorer: ghoststore.Explorer, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_command_line_of_near_duplicates(explorer: ghoststore.Explorer, tmp_path: Path) -> None:
     found = ask(explorer, "sample/part/20/duplicates")
-    assert found["rows"] == [{"id": "odd 1", "source_row": 21, "overlap": 1.0}]
     line = found["command"].replace("| ghoststore ", f"| {sys.executable} -m ghoststore ")
     subprocess.run(["bash", "-c", line], cwd=tmp_path, check=True, capture_output=True)
     report = json.loads((tmp_path / "nearest.jsonl.report.json").read_text())
     assert {leak["source_row"]: leak["overlap"] for leak in report["leaks"]["rows"]} == {20: 1.0, 21: 1.0}
+
+
+def test_near_duplicates(explorer: ghoststore.Explorer) -> None:
+    found = ask(explorer, "sample/part/20/duplicates")
+    assert found["rows"] == [{"id": "odd 1", "source_row": 21, "overlap": 1.0}]
     assert ask(explorer, "sample/part/21/duplicates")["rows"] == [{"id": "odd 0", "source_row": 20, "overlap": 0.75}]
     assert ask(explorer, "sample/part/22/duplicates")["found"] == 0
     assert ask(explorer, "sample/part/900/duplicates") == (404, "part 'part' has no row of the corpus's row 900")

@@ -180,6 +180,7 @@ def test_records_without_the_model(lab: Lab, built: Path, store: Path, tmp_path:
     repaired(lab, built, store)
 
 
+@pytest.mark.slow
 def test_damaged_caches_are_dropped(lab: Lab, built: Path, store: Path) -> None:
     query = ("query", "--store", store, "--val-set", lab.corpus, "--precondition", "second-moment", "--json")
     assert lab.run(*query).code == 0
@@ -269,7 +270,7 @@ def test_a_part_that_is_being_written_is_busy(lab: Lab, store: Path) -> None:
         Store.open(store).part().column("loss")
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("inside", [".withdrawn", "loss/c", "commits", "index", "second_moment"])
 def test_nothing_is_written_or_removed_where_a_link_leads(lab: Lab, store: Path, tmp_path: Path, inside: str) -> None:
     elsewhere = tmp_path / "elsewhere"

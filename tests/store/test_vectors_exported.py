@@ -101,7 +101,7 @@ def test_all_rows(part: Part, tmp_path: Path, form: str) -> None:
     np.testing.assert_array_equal(vectors, vectors_of(part))
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "onebit"])
 def test_as_stored(tmp_path: Path, dtype: str) -> None:
     """The very numbers of the store, with their scales; decoded, the same as by default."""

@@ -1,9 +1,13 @@
-"""A real S3 server on loopback (moto's), behind a proxy that counts requests and makes the network misbehave."""
+"""A real S3 server on loopback: moto's application, behind a front that counts requests and spoils the network.
+
+The front calls the application, without moto's own server between: that one opens a connection for each request, and
+looks through the folders of a hundred services for the one that is meant, which took longer than the request.
+"""
 
 from __future__ import annotations
 
-import http.client
-import logging
+import io
+import sys
 import threading
 import time
 from collections import Counter
@@ -12,6 +16,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 KEY, SECRET = "testing-key-id", "testing-secret-value"
 Rule = Callable[["Request"], bool]
@@ -92,32 +97,61 @@ def first(count: int, rule: Rule) -> Rule:
 @contextmanager
 def serving(bucket: str = "bucket") -> Iterator[Server]:
     """A server with an empty ``bucket``."""
-    from moto.server import ThreadedMotoServer
+    from moto.moto_server.werkzeug_app import create_backend_app
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    _, moto_port = moto.get_host_and_port()
+    app = create_backend_app("s3")
     state = Server()
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), _handler(state, moto_port))
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), _handler(state, app))
     proxy.daemon_threads = True
     proxy.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client was killed
     state.port = proxy.server_address[1]
     thread = threading.Thread(target=proxy.serve_forever, daemon=True)
     thread.start()
     try:
-        made = http.client.HTTPConnection("127.0.0.1", moto_port)
-        made.request("PUT", f"/{bucket}")
-        assert made.getresponse().status == 200
-        made.close()
+        status, _, _ = answer_of(app, "PUT", f"/{bucket}", b"", {"Host": f"127.0.0.1:{state.port}"})
+        assert status == 200
         yield state
     finally:
         proxy.shutdown()
         proxy.server_close()
-        moto.stop()
 
 
-def _handler(state: Server, moto_port: int) -> type[BaseHTTPRequestHandler]:
+def answer_of(
+    app: Any, method: str, path: str, body: bytes, headers: dict[str, str]
+) -> tuple[int, list[tuple[str, str]], bytes]:
+    """(status, headers, body) of what a WSGI ``app`` answers; ``path`` with the query."""
+    from werkzeug.test import run_wsgi_app
+
+    named, _, query = path.partition("?")
+    environment: dict[str, Any] = {
+        "REQUEST_METHOD": method,
+        "SCRIPT_NAME": "",
+        "PATH_INFO": unquote_to_bytes(named).decode("latin-1"),
+        "QUERY_STRING": query,
+        "REQUEST_URI": path,
+        "RAW_URI": path,
+        "SERVER_NAME": "127.0.0.1",
+        "SERVER_PORT": headers["Host"].rpartition(":")[2],
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "REMOTE_ADDR": "127.0.0.1",
+        "CONTENT_LENGTH": str(len(body)),
+        "wsgi.version": (1, 0),
+        "wsgi.url_scheme": "http",
+        "wsgi.input": io.BytesIO(body),
+        "wsgi.errors": sys.stderr,
+        "wsgi.multithread": True,
+        "wsgi.multiprocess": False,
+        "wsgi.run_once": False,
+    }
+    for name, value in headers.items():
+        key = name.upper().replace("-", "_")
+        if key != "CONTENT_LENGTH":
+            environment[key if key == "CONTENT_TYPE" else f"HTTP_{key}"] = value
+    pieces, status, answered = run_wsgi_app(app, environment)
+    return int(status.partition(" ")[0]), list(answered), b"".join(pieces)
+
+
+def _handler(state: Server, app: Any) -> type[BaseHTTPRequestHandler]:
     one_at_a_time = threading.Lock()  # moto looks for the object and makes it in two steps
     counting = threading.Lock()
 
@@ -153,21 +187,19 @@ def _handler(state: Server, moto_port: int) -> type[BaseHTTPRequestHandler]:
                 headers.pop("if-none-match", None)
             if state.delay:
                 time.sleep(state.delay)
-            upstream = http.client.HTTPConnection("127.0.0.1", moto_port)
+            headers["Host"] = self.headers["Host"]
             with one_at_a_time if request.method == "PUT" else nullcontext():
-                upstream.request(self.command, self.path, body, headers)
-                answer = upstream.getresponse()
-                data = answer.read()
-            upstream.close()
+                status, answered, data = answer_of(app, self.command, self.path, body, headers)
             if state.lose is not None and state.lose(request):
                 self.close_connection = True
                 return
-            self.send_response_only(answer.status)
-            for name, value in answer.getheaders():
+            self.send_response_only(status)
+            for name, value in answered:
                 if name.lower() not in ("transfer-encoding", "connection", "content-length"):
                     self.send_header(name, value)
-            length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
-            self.send_header("Content-Length", length or "0")
+            lengths = [value for name, value in answered if name.lower() == "content-length"]
+            length = next(iter(lengths), "0") if self.command == "HEAD" else str(len(data))
+            self.send_header("Content-Length", length)
             self.end_headers()
             if self.command == "HEAD":
                 return

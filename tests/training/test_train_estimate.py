@@ -36,7 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_nothing_stays_of_a_rehearsal(gym: Gym, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights, optimizer, scores and losses are those of a training without one, bit for bit, where it resumes, too."""

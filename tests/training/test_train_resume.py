@@ -176,7 +176,7 @@ STOPS: dict[str, tuple[Fault, str]] = {
 
 
 @pytest.mark.kill
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("act", ["interrupt", "terminate"])
 @pytest.mark.parametrize("moment", STOPS)
 def test_a_signal_saves_before_it_ends(gym: Gym, whole: Path, moment: str, act: str, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def build(lab: Lab, folder: Path, case: str, store: str = "store", **order: Any)
 
 
 @pytest.mark.kill
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("case", CASES)
 def test_finishes_what_it_had_begun(lab: Lab, tmp_path: Path, case: str) -> None:
     data = tmp_path / CASES[case][0]
@@ -118,6 +118,7 @@ def test_another_corpus_or_number_of_samples_is_refused(lab: Lab, tmp_path: Path
     assert lab.build(store, "--data", data, "--max-samples", "20").code == 0
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("learned", [False, True])
 def test_a_part_is_repaired_where_its_corpus_grew(lab: Lab, tmp_path: Path, learned: bool) -> None:
     """Its rows, and what its projection has learned from them, are those of then."""

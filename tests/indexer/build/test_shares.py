@@ -178,6 +178,7 @@ def test_the_first_is_killed(lab: Lab, alone: Path, tmp_path: Path, moment: str)
     assert lab.tree(store) == lab.tree(alone)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("store_exists", [True, False])
 def test_at_once(lab: Lab, alone: Path, tmp_path: Path, store_exists: bool) -> None:
     """Three processes from the beginning: one plans and learns, and none is refused."""
@@ -208,6 +209,7 @@ def test_others_are_refused_while_workers_write(lab: Lab, alone: Path, tmp_path:
     assert lab.tree(store) == lab.tree(alone)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("change", ["a row", "another order", "fewer rows"])
 def test_another_corpus_is_refused(lab: Lab, tmp_path: Path, change: str) -> None:
     """A worker that joins does not scan its corpus: the digest of its first span tells."""
@@ -319,6 +321,7 @@ def test_a_dry_run_says_what_a_worker_would_do(lab: Lab, tmp_path: Path) -> None
     assert f"worker 2/3 would build {dry[1]['rows_built']} rows" in table
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_one_of_several_would_do(lab: Lab, tmp_path: Path) -> None:
     """No worker has more than its part of the missing spans, and those without a span are not counted."""
     store, small = tmp_path / "store", ("--span-rows", SPAN_ROWS)

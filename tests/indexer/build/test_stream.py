@@ -64,7 +64,7 @@ def streams(tmp_path_factory: pytest.TempPathFactory) -> dict[str, datasets.Iter
 KINDS = ("jsonl", "parquet", "interleaved", "drawn", "mapped", "shuffled")
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_vectors_of_an_ordinary_build(
     lab: Lab, streams: dict[str, datasets.IterableDataset], tmp_path: Path, kind: str
@@ -89,7 +89,7 @@ def test_the_vectors_of_an_ordinary_build(
     assert all(hit.text for hit in hits[0])
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_goes_on_where_it_was_cut_off(
     lab: Lab, streams: dict[str, datasets.IterableDataset], tmp_path: Path, kind: str
@@ -125,6 +125,7 @@ def test_what_came_before_is_not_read_again(lab: Lab, tmp_path: Path) -> None:
     assert not notes.said
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("at", [24, 30])
 def test_bounds_hold_where_it_goes_on(lab: Lab, tmp_path: Path, at: int) -> None:
     bounds: dict[str, Any] = {"skip_samples": 3, "max_samples": 31}
@@ -151,6 +152,7 @@ def test_a_stream_without_a_state_is_read_from_its_beginning(lab: Lab, tmp_path:
     assert tree(tmp_path / "store") == tree(tmp_path / "whole")
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("kind", [Rows, StatefulRows])
 @pytest.mark.parametrize(("row", "found"), [(25, "24 to 28"), (3, "0 to 4")])
 def test_other_rows_are_refused(lab: Lab, tmp_path: Path, kind: type[Rows], row: int, found: str) -> None:
@@ -197,6 +199,7 @@ def test_the_head_is_learned_from(lab: Lab, tmp_path: Path) -> None:
     assert np.array_equal(vectors_of(whole, 0, 8), vectors_of(ten, 0, 8))
 
 
+@pytest.mark.slow
 def test_like_a_part_of_a_sample(lab: Lab, tmp_path: Path) -> None:
     build(lab, tmp_path / "store", ROWS[:24], name="sample", projection=None)
     ghoststore.build(store=tmp_path / "store", like="sample", data=Rows(ROWS[24:]), name="part", device="cpu")
@@ -208,6 +211,7 @@ def test_like_a_part_of_a_sample(lab: Lab, tmp_path: Path) -> None:
     assert sorted(hit.id for hit in result.results[0].hits) == sorted(row["id"] for row in ROWS)
 
 
+@pytest.mark.slow
 def test_kept_fields_have_the_types_of_the_head(lab: Lab, tmp_path: Path) -> None:
     rows = [{**row, "stars": place + 0.5, "source": f"s{place}"} for place, row in enumerate(ROWS)]
     rows[20]["stars"] = 7

@@ -77,7 +77,7 @@ def whole(lab: Lab, files: list[str], tmp_path_factory: pytest.TempPathFactory) 
     return trees
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(("kind", "moment"), [*(("stream", moment) for moment in KILLS), *OF_FILES])
 def test_killed(
     lab: Lab, files: list[str], whole: dict[str, dict[str, bytes]], tmp_path: Path, kind: str, moment: str

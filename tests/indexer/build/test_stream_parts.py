@@ -62,6 +62,7 @@ def test_the_end_falls_between_two_spans(lab: Lab, tmp_path: Path) -> None:
     assert np.array_equal(vectors_of(bounded), vectors_of(part, 3, 25))
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("end", ["nothing", "arrays"])
 def test_a_build_that_ended_before_the_end_was_written(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
@@ -139,6 +140,7 @@ def test_an_open_part_answers(lab: Lab, tmp_path: Path) -> None:
     assert stream.read[1] == 24, "gc leaves the state"
 
 
+@pytest.mark.slow
 def test_a_session_sees_it_grow(lab: Lab, tmp_path: Path) -> None:
     cut(lab, tmp_path / "store", StatefulRows(ROWS), 30)
     with ghoststore.open(tmp_path / "store", device="cpu") as session:
@@ -148,6 +150,7 @@ def test_a_session_sees_it_grow(lab: Lab, tmp_path: Path) -> None:
     assert counts == [28, 42]
 
 
+@pytest.mark.slow
 def test_an_open_part_beside_another(lab: Lab, tmp_path: Path) -> None:
     """Ranked as one, in the order of the parts, and refused where both have the same rows."""
     build(lab, tmp_path / "store", ROWS[:12], name="first")
@@ -161,6 +164,7 @@ def test_an_open_part_beside_another(lab: Lab, tmp_path: Path) -> None:
         ghoststore.query(part=["first", "same"], **asked)
 
 
+@pytest.mark.slow
 def test_what_needs_the_rows_takes_them_as_data(lab: Lab, tmp_path: Path) -> None:
     build(lab, tmp_path / "store", Rows(ROWS))
     asked: dict[str, Any] = {"store": tmp_path / "store", "val_set": lab.corpus, "device": "cpu"}
@@ -182,6 +186,7 @@ def test_what_needs_the_rows_takes_them_as_data(lab: Lab, tmp_path: Path) -> Non
         assert streamed == ordinary
 
 
+@pytest.mark.slow
 def test_without_texts(lab: Lab, tmp_path: Path) -> None:
     notes = Notes()
     build(lab, tmp_path / "store", Rows(ROWS), store_text=False)
@@ -199,6 +204,7 @@ def test_repair_leaves_a_damaged_span(lab: Lab, tmp_path: Path) -> None:
     assert "was built from a stream, which is read once, in order" in report.unmended[0].why
 
 
+@pytest.mark.slow
 def test_a_reader_that_opened_it_before_the_end(lab: Lab, tmp_path: Path) -> None:
     cut(lab, tmp_path / "store", StatefulRows(ROWS), 30)
     part = part_of(tmp_path / "store")
@@ -231,6 +237,7 @@ def test_refused_before_work_begins(
     assert not (tmp_path / "store" / "parts" / "part").exists()
 
 
+@pytest.mark.slow
 def test_a_stream_is_no_val_set_and_no_part_of_files(lab: Lab, tmp_path: Path) -> None:
     build(lab, tmp_path / "store", Rows(ROWS))
     with pytest.raises(UsageError, match="can be read only once"):
@@ -242,6 +249,7 @@ def test_a_stream_is_no_val_set_and_no_part_of_files(lab: Lab, tmp_path: Path) -
         build(lab, tmp_path / "ordinary", Rows(ROWS))
 
 
+@pytest.mark.slow
 def test_a_dataset_of_the_hub(lab: Lab, tmp_path: Path) -> None:
     """As `load_dataset` gives it; here of a folder, since no hub is reached."""
     (tmp_path / "set").mkdir()

@@ -63,13 +63,8 @@ class Killing(Silent):
         self.notes.append(message)
 
 
-@pytest.mark.parametrize(
-    ("at", "most"),
-    [
-        ("building", 2),
-        pytest.param("learning", 1, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("at", "most"), [("building", 2), ("learning", 1)])
 def test_as_one_process(lab: Lab, built: Path, tmp_path: Path, at: str, most: int) -> None:
     store, listener = tmp_path / "store", Killing(at, most)
     report = build(lab, store, progress=listener)

@@ -306,6 +306,7 @@ def test_gather_is_the_slow_obvious_one() -> None:
         assert not found[sample, len(rows) :].any()
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", ["Mixtral", "DeepseekV3", "Qwen2Moe"])
 def test_modules_that_run_again(family: str, layout: str) -> None:

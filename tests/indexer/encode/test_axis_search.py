@@ -71,7 +71,7 @@ def vectors_without_a_val_set_are_exact(model: nn.Module, x: Tensor, val: Tensor
 WAYS = (scores_are_exact, vectors_are_exact, vectors_without_a_val_set_are_exact)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("way", WAYS)
 @settings(deadline=None)
 @given(case=cases((plain, *SOUND, *UNSOUND)))
@@ -86,7 +86,7 @@ def test_exact_or_refused(way: Callable[..., None], case: tuple[nn.Module, Tenso
             raise
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("way", WAYS)
 @settings(deadline=None)
 @given(case=cases((plain, *SOUND)))

@@ -100,6 +100,7 @@ def far(found: Any, expected: Any) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("batch_tokens", [1, 4096])
 def test_vectors(name: str, batch_tokens: int, tokenizer: Any, tmp_path: Path) -> None:
@@ -125,6 +126,7 @@ def test_vectors(name: str, batch_tokens: int, tokenizer: Any, tmp_path: Path) -
     assert list(part.read_rows("n_tokens", rows)) == counts
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_the_second_stage_and_queries(name: str, tokenizer: Any, tmp_path: Path) -> None:
     """Scores are those of plain autograd, from stored vectors, again by whole gradients, and from a saved folder."""
@@ -231,6 +233,7 @@ def test_a_decoder_alone_is_causal(tokenizer: Any, tmp_path: Path) -> None:
     assert part.manifest["loss"]["definition"].startswith("next-token")
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_the_default_part(name: str, tokenizer: Any, tmp_path: Path) -> None:
     """Learned and preconditioned, it is asked with every second stage; a build that continues has the same rows."""

@@ -126,6 +126,7 @@ MARKED = st.lists(PIECES | st.sampled_from(["<sep>", "<left>", "<right>"]), max_
 SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
+@pytest.mark.thin(6)
 @pytest.mark.parametrize("kind", KINDS)
 @given(prompt=TEXTS | MARKED, completion=TEXTS | MARKED)
 @SETTINGS
@@ -140,6 +141,7 @@ def test_tokens_are_those_of_the_whole_text(kind: str, prompt: str, completion: 
         assert "<s>" not in targets
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("kind", LOSSLESS)
 @given(prompt=TEXTS, completion=TEXTS)
 @SETTINGS

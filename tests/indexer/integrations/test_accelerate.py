@@ -88,6 +88,7 @@ def in_engine(mixed: str, accumulation: int, scored: bool) -> dict[str, Tensor]:
     return weights_of(inner)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("mixed", MIXED)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_engine(mixed: str, accumulation: int) -> None:
@@ -147,6 +148,7 @@ def managed(folder: Path | None, mixed: str, accumulation: int) -> tuple[dict[st
     return weights_of(inner), due
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(("mixed", "accumulation"), [("no", 2), ("bf16", 1)])
 def test_the_manager(mixed: str, accumulation: int, tmp_path: Path) -> None:
     weights, due = managed(tmp_path / "store", mixed, accumulation)

@@ -68,6 +68,7 @@ FORMS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_are_numbered(form: str, tmp_path: Path) -> None:
     rows, settings = FORMS[form]
@@ -92,6 +93,7 @@ def test_a_run_without_names_has_those_of_the_rows(tmp_path: Path) -> None:
     assert sorted(np.concatenate([places for _, places, _ in steps_of(run)]).tolist()) == list(range(len(ROWS)))
 
 
+@pytest.mark.slow
 def test_resuming_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     """transformers reads the rest of the epoch from another DataLoader."""
     settings: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
@@ -161,6 +163,7 @@ def test_flattened_rows_that_do_not_say_where_samples_begin(tmp_path: Path) -> N
     assert identical(weights_of(trainer.model), before)
 
 
+@pytest.mark.slow
 def test_choosing_among_packed_rows(tmp_path: Path) -> None:
     """Where rows are padded, as the error says, samples are chosen."""
     choosing = Choosing(keep=2)
@@ -209,6 +212,7 @@ class OwnLoader(Trainer):
         return torch.utils.data.DataLoader(rows, batch_size=4, collate_fn=self.data_collator)
 
 
+@pytest.mark.slow
 def test_a_loader_of_ones_own(tmp_path: Path) -> None:
     """Its rows need the column that the error names; they have it where it is in the dataset that is read."""
     settings: dict[str, Any] = {"trainer": OwnLoader, "max_steps": 3}
@@ -227,6 +231,7 @@ def test_a_loader_of_ones_own(tmp_path: Path) -> None:
             close_to(scores, exact_scores(twin, places.tolist()), 2e-5)
 
 
+@pytest.mark.slow
 def test_a_column_of_something_else(tmp_path: Path) -> None:
     """The error names the parameter with which another column is taken."""
     rows = dataset(sample=False).add_column("sample", [f"row {place}" for place in range(len(ROWS))])
@@ -241,6 +246,7 @@ def test_a_column_of_something_else(tmp_path: Path) -> None:
     assert len(list(steps_of(run_of(tmp_path / "store", "trainer")))) == 2
 
 
+@pytest.mark.slow
 def test_a_stream_without_a_number_of_samples(tmp_path: Path) -> None:
     callback = GhostStoreCallback(store=tmp_path / "store", val_data=VAL_BATCH)
     with pytest.raises(UsageError, match="`samples` says how many"):

@@ -134,6 +134,7 @@ def test_uneven_micro_batches_and_num_items_in_batch(tmp_path: Path) -> None:
         close_to(scores, exact_scores(twin, places.tolist(), llama), 2e-5)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_told_nothing_of_the_step(tmp_path: Path) -> None:
     """Without num_items_in_batch each micro-batch has its own mean, divided by their number."""
     watcher, callback = Watcher(), callback_of(tmp_path / "store")
@@ -165,6 +166,7 @@ def test_the_collator_of_transformers(tmp_path: Path) -> None:
     assert run.domains == ["x", "y"]
 
 
+@pytest.mark.slow
 def test_projected_gradients_and_scores_by_layer(tmp_path: Path) -> None:
     projection = ProjectionConfig(layers=("mlp",), rank_total=16, seed=2)
     watcher = Watcher()

@@ -46,7 +46,7 @@ def whole_run(store: Path, steps: Plan, **settings: Any) -> Any:
     return model
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("how", ["cleanup", "killed", "killed later"])
 @pytest.mark.parametrize(("interval", "refresh"), [(3, 1), (3, 3), (10, 2), (5, 1)])
 def test_a_resumed_loop_is_one_that_was_not_interrupted(interval: int, refresh: int, how: str, tmp_path: Path) -> None:

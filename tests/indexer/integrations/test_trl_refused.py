@@ -112,6 +112,7 @@ def reward(folder: Path, callback: Any) -> Any:
     )
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("make", [dpo, kto, grpo, reward])
 def test_other_trainers_are_refused_by_name(make: Callable[..., Any], tmp_path: Path) -> None:
     callback = callback_in(tmp_path, samples=8)
@@ -180,6 +181,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("case", SETTINGS)
 def test_settings_are_refused_and_what_is_advised_is_exact(case: str, tmp_path: Path) -> None:
     settings, message, advised = SETTINGS[case]
@@ -191,6 +193,7 @@ def test_settings_are_refused_and_what_is_advised_is_exact(case: str, tmp_path: 
     exact(trainer, watcher, tmp_path / "store", llama)
 
 
+@pytest.mark.slow
 def test_a_loss_of_the_router(tmp_path: Path) -> None:
     """Without it, as the error says, the attention and the head of a mixture of experts are scored."""
     callback = callback_in(tmp_path)
@@ -250,6 +253,7 @@ def test_another_loss_of_the_log_probabilities(kind: Any, message: str, tmp_path
     refused(trainer, callback, message)
 
 
+@pytest.mark.slow
 def test_choosing(tmp_path: Path) -> None:
     """transformers' Trainer, which the error names, chooses from the same rows."""
     callback = callback_in(tmp_path, choosing=Choosing(keep=2))
@@ -265,6 +269,7 @@ def test_choosing(tmp_path: Path) -> None:
 # Numbers of samples.
 
 
+@pytest.mark.slow
 def test_rows_in_another_order(tmp_path: Path) -> None:
     """A column says which they are: TRL keeps it, and the callback finds it."""
     callback = callback_in(tmp_path, samples=len(TEXTS))
@@ -283,6 +288,7 @@ def test_rows_in_another_order(tmp_path: Path) -> None:
         close_to(scores, exact_causal(twin, [in_order[place] for place in places], VAL).total().mean(1), 2e-5)
 
 
+@pytest.mark.slow
 def test_packing_drops_the_numbers(tmp_path: Path) -> None:
     """Two ways are advised: names of the packed dataset (test_trl_sft.py), or packing before with the numbers in it."""
     callback = callback_in(tmp_path, samples=len(TEXTS))

@@ -73,7 +73,7 @@ FORMS: dict[str, tuple[Callable[..., Any], Callable[..., Dataset], dict[str, Any
 }
 
 
-@pytest.mark.thin(6)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("form", FORMS)
 def test_weights_stay_and_scores_are_exact(form: str, tmp_path: Path) -> None:
     fresh, rows, settings = FORMS[form]
@@ -100,6 +100,7 @@ def test_weights_stay_and_scores_are_exact(form: str, tmp_path: Path) -> None:
     assert len(seen) >= 4
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("fresh", [llama, still_gpt2])
 def test_vectors_that_are_kept(fresh: Callable[[], Any], packing: bool, tmp_path: Path) -> None:
@@ -126,6 +127,7 @@ def test_vectors_that_are_kept(fresh: Callable[[], Any], packing: bool, tmp_path
         torch.testing.assert_close(found, expected.vectors, rtol=1e-4, atol=1e-4 * float(expected.vectors.abs().max()))
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("packing", [False, True])
 def test_an_adapter(packing: bool, tmp_path: Path) -> None:
     """TRL makes it of `peft_config`; the base, its head among it, is frozen."""
@@ -154,6 +156,7 @@ def test_an_adapter(packing: bool, tmp_path: Path) -> None:
         close_to(scores, expected, 2e-5)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.ddp
 @pytest.mark.parametrize("packing", [False, True])
 def test_ranks(packing: bool, tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def slow(*case: Any) -> Any:
 INDUCTED = [*INDUCTOR.marks, pytest.mark.slow]
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("way", "backend", "trusted"),
     [
@@ -127,6 +128,7 @@ def test_vectors_where_a_later_batch_takes_another_branch(way: Way, backend: str
     assert relative_error(vectors, exact_vectors(model, engine, X)) < 1e-5
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("way", "backend"),
     [
@@ -153,6 +155,7 @@ def test_scores_where_a_later_step_takes_another_branch(way: Way, backend: str) 
         plain_step(engine, run, X)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("scored", [False, True])
 def test_a_use_before_compiled_blocks(*, scored: bool) -> None:
     """The search ended at the first compiled block, and a projection did not search at all."""
@@ -193,6 +196,7 @@ def test_a_graph_is_looked_at_once(*, scored: bool) -> None:
     assert counts[6] == counts[7]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scored", [False, True])
 def test_a_loop_that_calls_compiled_parts(*, scored: bool) -> None:
     """Nobody can run it again: a half of a block was lost without a word."""

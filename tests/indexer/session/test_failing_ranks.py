@@ -83,6 +83,7 @@ FAILING: dict[str, tuple[Callable[[Path], None], type[GhostStoreError] | type[Ke
 FAST = ("train", "manager")
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in FAILING])
 def test_both_ranks_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work, own_error, words = FAILING[name]

@@ -23,6 +23,7 @@ for group in range(6):
 """
 
 
+@pytest.mark.thin(1)
 @pytest.mark.ddp
 @pytest.mark.parametrize("served", ["by torchrun", "by the first rank"])
 def test_one_group_after_another(lab: Lab, served: str) -> None:

@@ -22,6 +22,7 @@ def ask(built: Path, **options: Any) -> ghoststore.QueryResult:
     return ghoststore.query(store=built, val_set=VAL, device="cpu", **options)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     "options",
     [

@@ -84,6 +84,7 @@ def by_hand(encoder: PartEncoder, row: dict[str, str], words: str, reduction: st
     return naive(encoder.model.double(), encoder._encoder.engine.projection, 1, loss_of).vectors
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("part", ["mean", "sum"])
 @pytest.mark.parametrize(
     ("row", "words"),

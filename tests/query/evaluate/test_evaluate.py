@@ -156,6 +156,7 @@ def test_a_retraining_is_what_train_does(lab: Lab, folder: Path, done: Path, tmp
     assert np.array_equal(fewer, retrainer.val_losses(half(0, 0, SAMPLES)))
 
 
+@pytest.mark.slow
 def test_every_method(folder: Path, done: Path, tmp_path: Path) -> None:
     """Scores by hand, from queries, against what the evaluation says."""
     out = shutil.copytree(done, tmp_path / "out")

@@ -40,6 +40,7 @@ def cosines_of(vectors: np.ndarray) -> np.ndarray:
     return np.asarray(cosines)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("dtype", ["float32", "onebit"])
 @pytest.mark.parametrize("bytes_at_once", [None, 7 * 4 * 96])
 def test_neighbors_are_the_nearest_rows(

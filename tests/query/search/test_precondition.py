@@ -155,6 +155,7 @@ def test_self_influence(stores: dict[str, Path], projection: str) -> None:
     assert result.settings["damping"] == 0.1
 
 
+@pytest.mark.slow
 def test_equal_rows_have_equal_lengths(tmp_path: Path) -> None:
     """Wherever they stand in a chunk, and however long that is: so ties go to the lower row."""
     rows = np.tile(clustered(37), (10, 1))[:363]

@@ -96,6 +96,7 @@ def test_integers_do_not_saturate(queries: int, sign: int) -> None:
             assert bool(((products.of(rows).double() - exact_RQ).abs() <= products.error_Q * length_R1).all())
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("dtype", ENCODINGS)
 def test_rows_on_a_gpu_are_decoded(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Integers are multiplied on the CPU alone. A GPU is stood for by torch's device without memory."""

@@ -74,6 +74,7 @@ def nearly_equal(late: int) -> tuple[np.ndarray, torch.Tensor]:
     return rows * 127, query.unsqueeze(0)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("dtype", ["int8", "onebit"])
 def test_a_bound_that_is_a_tenth_too_small_would_lose_the_best_row(tmp_path: Path, metric: Metric, dtype: str) -> None:

@@ -143,6 +143,7 @@ def test_equals_one_part_of_all_rows(folder: Path, dtype: str, metric: str, sett
     same(folder, dtype, metric=metric, **settings)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("dtype", ["float32", "onebit"])
 @pytest.mark.parametrize("metric", ["dot", "cosine"])
 def test_by_an_index_of_all_rows(folder: Path, dtype: str, metric: str) -> None:
@@ -202,6 +203,7 @@ def test_the_page(folder: Path, tmp_path: Path) -> None:
     assert "cloud" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_command_line_says_the_part(folder: Path, lab: Lab) -> None:
     words: list[str | Path] = [
         "query",
@@ -246,6 +248,7 @@ def test_what_a_union_reads(folder: Path) -> None:
     assert backwards.column("source_row").tolist() == list(range(CUTS[-1]))
 
 
+@pytest.mark.slow
 def test_in_any_order(folder: Path) -> None:
     """Only where scores are equal does the order of the parts count."""
     for settings in ({}, {"precondition": "second-moment"}, {"lexical": 0.3}, {"where": "source = 's1'"}):
@@ -269,6 +272,7 @@ def test_an_incomplete_part(folder: Path) -> None:
         put_back()
 
 
+@pytest.mark.slow
 def test_a_part_of_one_short_span(folder: Path, lab: Lab, tmp_path: Path) -> None:
     """Its span, and its chunks, are shorter than those of the others: read all the same, wherever it stands."""
     rows = corpus_rows(lab)
@@ -288,6 +292,7 @@ def test_a_part_of_one_short_span(folder: Path, lab: Lab, tmp_path: Path) -> Non
         assert by_id[0] == by_id[1] == pytest.approx(by_id[2], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_grown_at_its_end(folder: Path, lab: Lab, tmp_path: Path) -> None:
     """One file for both parts: places are those in the file, texts are read from it."""
     rows, data = corpus_rows(lab), tmp_path / "data.jsonl"
@@ -400,6 +405,7 @@ def test_other_kept_fields_are_refused(folder: Path, lab: Lab, tmp_path: Path) -
         ghoststore.query(val_set=folder / "val.jsonl", part=NAMES[:2], **where)
 
 
+@pytest.mark.slow
 def test_one_of_them_keeps_texts(folder: Path, lab: Lab, tmp_path: Path) -> None:
     """Texts are then in that part, those of the other in its corpus; a condition on all of them is refused."""
     rows, where = corpus_rows(lab), {"store": tmp_path / "store", "device": "cpu"}

@@ -105,6 +105,7 @@ def test_names_are_no_markup(lab: Lab, tmp_path: Path, val: Path) -> None:
     assert of_sky.replace(r"\|", "").count("|") == 6
 
 
+@pytest.mark.slow
 def test_of_a_union(lab: Lab, built: Path, val: Path, tmp_path: Path) -> None:
     """Every part is named with its fingerprint."""
     store, new = tmp_path / "store", lab.write(tmp_path / "new.jsonl", lab.sample_rows(8, seed=9))

@@ -50,6 +50,7 @@ def folder(request: pytest.FixtureRequest, lab: Lab, tmp_path_factory: pytest.Te
     return folder
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -124,6 +125,7 @@ def test_other_forms_are_refused(lab: Lab, tmp_path: Path) -> None:
     assert not (tmp_path / "out.jsonl").exists()
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(("out", "order"), [("out.parquet", "corpus"), ("out.parquet", "score"), ("out", "corpus")])
 def test_other_columns_are_refused(lab: Lab, tmp_path: Path, out: str, order: str) -> None:
     """Of fields that no build reads, and that no table can hold with two types."""

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 MOMENTS = random.Random(17).sample(range(1, 181), 20)
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not answer is given up after the repetitions of the library; ours are those of lost answers below."""
+    monkeypatch.setattr("ghoststore.store.base.objects.PAUSES", ())
+
+
 def resumes(bucket: Bucket, name: str) -> None:
     """The next build ends, and everything is as if nothing had happened; at most staged objects are left beside."""
     outcome = bucket.build(name)
@@ -43,6 +49,7 @@ def test_a_build_makes_the_bytes_of_a_local_one(bucket: Bucket) -> None:
     assert again.json["resumed_rows"] == len(bucket.lab.rows)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.kill
 @pytest.mark.parametrize(("number", "after"), [(9, False), (47, True), (80, False), (110, True)])
 def test_a_killed_build_goes_on(bucket: Bucket, number: int, after: bool) -> None:
@@ -61,6 +68,7 @@ def test_builds_killed_at_random_moments_go_on(bucket: Bucket, moment: int) -> N
     resumes(bucket, name)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("what", ["intent", "record", "zarr.json", "staged", "copy"])
 def test_lost_answers_lose_nothing(bucket: Bucket, what: str) -> None:
     """The server did what it was asked, and nobody heard: the request that is sent again finds its own bytes."""
@@ -74,6 +82,7 @@ def test_lost_answers_lose_nothing(bucket: Bucket, what: str) -> None:
     assert bucket.tree(f"lost-{what}") == bucket.whole
 
 
+@pytest.mark.slow
 def test_connections_that_close_are_made_again(bucket: Bucket) -> None:
     number = [0]
 
@@ -111,7 +120,7 @@ def test_the_later_writer_of_other_bits_changes_nothing(bucket: Bucket) -> None:
     assert read_commit(part.path, 0) == record
 
 
-def test_a_decided_span_is_finished_by_the_next_writer(bucket: Bucket) -> None:
+def test_a_decided_span_is_finished_by_the_next_writer(bucket: Bucket, impatient: None) -> None:
     """A writer that ends between its intent and its record: what it decided is what the record says."""
     store = "s3://bucket/decided"
     part = make_part(store, clustered(), spans=[])  # type: ignore[arg-type]
@@ -131,7 +140,7 @@ def test_a_decided_span_is_finished_by_the_next_writer(bucket: Bucket) -> None:
     assert not [key for key in found if "/commits/." in key]
 
 
-def test_other_content_under_the_name_is_refused(bucket: Bucket) -> None:
+def test_other_content_under_the_name_is_refused(bucket: Bucket, impatient: None) -> None:
     """Of two builds of one name that differ, the first to say what it makes makes it."""
     bucket.server.refuse = lambda request: request.path.endswith("parts/part/zarr.json") and request.writes
     with pytest.raises(StorageError):
@@ -165,7 +174,7 @@ def test_a_store_that_ignores_conditions_is_refused_before_work(bucket: Bucket) 
 
 def test_several_requests_are_under_way(bucket: Bucket) -> None:
     bucket.server.delay = 0.02
-    make_part("s3://bucket/several", clustered())  # type: ignore[arg-type]
+    make_part("s3://bucket/several", clustered(), spans=[0])  # type: ignore[arg-type]
     assert bucket.server.most_at_once > 4
 
 

@@ -168,6 +168,7 @@ SOURCES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.thin(6)
 @pytest.mark.parametrize("source", [name for name in SOURCES if "?" not in name])
 def test_rows_are_those_of_the_files_on_a_disk(bucket: Bucket, corpora: Corpora, source: str) -> None:
     here, there = (opened(source, **SOURCES[source]) for opened in (corpora.here, corpora.there))
@@ -223,7 +224,7 @@ def test_texts_of_hits_take_ranges_alone_side_by_side(bucket: Bucket, corpora: C
     _ = corpus.resolved
     asked.clear()
     bucket.server.reset()
-    bucket.server.delay = 0.02
+    bucket.server.delay = 0.1  # longer than it takes to send all of them
     assert len(corpus.fetch(at)) == len(chosen)
     assert bucket.server.requests == {"GET": 1 + len(chosen)}  # one for the encoding
     assert sum(stop - start for start, stop in asked) == (1 + len(chosen)) * SMALLEST < size / 2

@@ -75,6 +75,7 @@ def test_a_part_like_another_has_the_bytes_of_a_local_one(bucket: Bucket, both: 
     assert bucket.tree("grown") == bucket.lab.tree(both[0])
 
 
+@pytest.mark.slow
 def test_answers_of_a_union_are_those_of_a_local_one(bucket: Bucket, grown: Path, both: tuple[Path, str]) -> None:
     local, remote = both
     for settings in (

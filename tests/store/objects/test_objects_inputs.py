@@ -162,6 +162,7 @@ def test_texts_of_a_corpus_that_changed_are_not_shown(bucket: Bucket, inputs: Pa
     assert "texts are not shown: cannot" in notes[-1]
 
 
+@pytest.mark.slow
 def test_a_network_that_fails_in_a_build_is_no_other_corpus(bucket: Bucket, inputs: Path, tmp_path: Path) -> None:
     """The corpus is read twice, once to plan. What fails in between is a network; the same command goes on."""
     seen: list[str] = []

@@ -46,6 +46,7 @@ def test_info_and_query_are_those_of_a_local_store(bucket: Bucket, remote: str, 
         )
 
 
+@pytest.mark.slow
 def test_nothing_is_written_where_a_query_reads(bucket: Bucket, remote: str, tmp_path: Path) -> None:
     before = bucket.tree("remote")
     val = bucket.lab.write(tmp_path / "val.jsonl", bucket.lab.sample_rows(5, seed=9))
@@ -65,6 +66,7 @@ def test_every_array_reads_as_locally(bucket: Bucket, remote: str) -> None:
         np.testing.assert_array_equal(there.read_rows(spec.name, [20, 3, 3]), here.read_rows(spec.name, [20, 3, 3]))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("harm", ["flip", "cut", "missing", "record"])
 def test_damage_is_named(bucket: Bucket, harm: str) -> None:
     store = made(bucket, f"damage-{harm}")
@@ -230,6 +232,7 @@ def test_what_is_not_done_there_is_refused_by_name(remote: str) -> None:
         ghoststore.repair(remote)
 
 
+@pytest.mark.slow
 def test_an_index_is_kept_on_this_machine(bucket: Bucket, tmp_path: Path) -> None:
     pytest.importorskip("faiss")
     store = made(bucket, "indexed")
@@ -245,6 +248,7 @@ def test_an_index_is_kept_on_this_machine(bucket: Bucket, tmp_path: Path) -> Non
     assert [index["state"] for index in ghoststore.info(store).parts[0].indexes] == ["damaged"]
 
 
+@pytest.mark.slow
 def test_gc_removes_what_a_dead_writer_staged(bucket: Bucket) -> None:
     name = "collected"
     assert bucket.killed(name, 35) >= 35
@@ -259,7 +263,7 @@ def test_requests_of_a_query_do_not_wait_for_each_other(bucket: Bucket) -> None:
     store = made(bucket, "many")
     part = Store.open(store).part()
     bucket.server.reset()
-    bucket.server.delay = 0.02
+    bucket.server.delay = 0.1
     part.column("norm")
     assert bucket.server.most_at_once >= 8 == bucket.server.requests["GET"]
 

@@ -31,6 +31,7 @@ def words(bucket: Bucket, name: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.kill
 def test_a_stream_into_object_storage(bucket: Bucket, tmp_path: Path) -> None:
     outcome = bucket.lab.build(tmp_path / "store", "--stream")

@@ -96,6 +96,7 @@ def test_a_run_has_the_bytes_of_a_local_one(bucket: Bucket, gym: Gym, whole: Pat
     assert there.to_json()["results"] == here.to_json()["results"]
 
 
+@pytest.mark.thin(3)
 @pytest.mark.kill
 @pytest.mark.parametrize(("number", "after"), [(4, True), (22, False), (30, True), (45, False)])
 def test_a_killed_training_goes_on(
@@ -173,6 +174,7 @@ def test_an_open_journal_reads_as_a_local_one(
     ends_like(bucket, folder, name, whole)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("left", [(), ("00000001",)])
 def test_a_journal_that_goes_while_it_is_read(
     bucket: Bucket, gym: Gym, half: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, left: tuple[str, ...]
@@ -202,6 +204,7 @@ def test_a_journal_that_goes_while_it_is_read(
     assert ghoststore.verify(f"s3://bucket/{name}").leftovers == []
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("harm", ["flip", "cut", "first", "swap", "as on a disk"])
 def test_damage_of_a_journal_is_named(bucket: Bucket, gym: Gym, half: tuple[Path, str], harm: str) -> None:
     """Nothing is taken for the unfinished end of a writer that died: an object is whole, or damaged."""
