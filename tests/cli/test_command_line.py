@@ -230,6 +230,8 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(
     """Rows, tokens, D, memory, and the bytes on the disk to the byte, ids and texts aside."""
     store = tmp_path / "store"
     if exists:
+        assert lab.build(store, *options, "--dry-run").code == 0
+        assert not store.exists()  # where there is none, none is made, whether or not something is learned
         ghoststore.Store.create(store)
     before = lab.tree(tmp_path)
     dry = lab.build(store, *options, "--dry-run", "--json")

@@ -15,7 +15,7 @@ from ghoststore.errors import CaptureError
 from ghoststore.settings.projection import ProjectionConfig
 from indexer.dotprod import GradDotProdEngine
 from tests.indexer.encode.test_non_interference import hooks_of
-from tests.support.models import examples, gpt2, llama, pad, settle
+from tests.support.models import Placed, examples, gpt2, llama, pad, settle
 from tests.support.scoring import (
     BATCH,
     VAL,
@@ -116,6 +116,16 @@ def test_batches_of_several_sizes_attached_twice(way: Callable[[Any, str], tuple
         assert hooks_of(model) == 0
         with torch.no_grad():
             trained(X)  # an evaluation without the engine makes a graph of its own
+
+
+@pytest.mark.parametrize("way", [whole, outside, in_place])
+def test_positions_that_all_samples_share(way: Callable[[Any, str], tuple[Any, Any]]) -> None:
+    """Whether or not the engine can tell that a graph is to come, before the first one is made."""
+    model, ids = settle(Placed()), torch.randint(9, (5, 6), generator=torch.Generator().manual_seed(1))
+    given, trained = way(model, "eager")
+    with GradDotProdEngine(given, ids, val_losses=sum_of_squares) as engine:
+        for size in (4, 5):
+            check(plain_step(engine, trained, ids[:size]), exact_plain(model, ids[:size], ids))
 
 
 @pytest.mark.thin(1)

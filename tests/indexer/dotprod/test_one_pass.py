@@ -32,6 +32,7 @@ WEIGHTS = {
     "weighted": torch.tensor([0.7, 0.0, 0.1, 2.5]),
     "all": torch.full((4,), 0.25),
     "one": torch.tensor([0.0, 0.0, 1.0, 0.0]),
+    "uneven": torch.tensor([0.7, 0.2, 0.1, 2.5]),  # none left out, so that no sample is picked out of the factors
 }
 
 
