@@ -9,6 +9,8 @@ from typing import Protocol, TypeVar
 T = TypeVar("T")
 ROWS_AT_ONCE = 4096
 """Rows between two updates of a task: more frequent ones would take longer than the fastest work."""
+BYTES = "bytes"
+"""The unit of a task that copies; people are shown MiB and GiB."""
 
 
 class Task(Protocol):

@@ -32,6 +32,7 @@ from ghoststore.checkpoint.find import (
 from ghoststore.checkpoint.objects import place_of
 from ghoststore.errors import CheckpointError, UsageError
 from ghoststore.lazy import importing
+from ghoststore.progress import Progress
 from ghoststore.settings.shared import AdapterUse
 
 WEIGHTS = "adapter_model.safetensors"
@@ -237,7 +238,9 @@ class AdapterCheckpoint(InFolder):
         return adapted.get_base_model()
 
 
-def find_adapter(folder: Path, base: str | Path | None, use: AdapterUse | None) -> AdapterCheckpoint | None:
+def find_adapter(
+    folder: Path, base: str | Path | None, use: AdapterUse | None, progress: Progress | None = None
+) -> AdapterCheckpoint | None:
     """The adapter in ``folder`` on its base; None if the folder has none, or ``use`` is ``ignore``.
 
     ``base`` is a folder or a hub id; None: the folder that the adapter's configuration names. UsageError if it is not
@@ -276,15 +279,17 @@ def find_adapter(folder: Path, base: str | Path | None, use: AdapterUse | None) 
         raise CheckpointError(f"adapter {folder} has no {WEIGHTS}{why}; save it again: model.save_pretrained(folder)")
     merged = use == "merge"
     refuse_unsupported(f"adapter {folder}", config, merged=merged)
-    found = AdapterCheckpoint(folder, config, _base(folder, config, base, whole=whole), merged)
+    found = AdapterCheckpoint(folder, config, _base(folder, config, base, progress, whole=whole), merged)
     _refuse_ranks(found)
     return found
 
 
-def _base(folder: Path, config: Mapping[str, Any], given: str | Path | None, *, whole: bool) -> Checkpoint:
+def _base(
+    folder: Path, config: Mapping[str, Any], given: str | Path | None, progress: Progress | None, *, whole: bool
+) -> Checkpoint:
     """The base of the adapter in ``folder``: ``given``, else the model beside it, else what its configuration names."""
     if given is not None:
-        place = locate(given)
+        place = locate(given, progress)
     elif whole:
         place = folder
     else:

@@ -21,6 +21,7 @@ from ghoststore.checkpoint.nanogpt import SUFFIXES, is_checkpoint_file
 from ghoststore.checkpoint.objects import copied, naming_address, place_of, recorded_place
 from ghoststore.checkpoint.quantised import refuse_unreadable
 from ghoststore.errors import CheckpointError
+from ghoststore.progress import Progress
 from ghoststore.settings.option import in_objects
 from ghoststore.store.base.opening import open_regular, parse_json
 
@@ -88,12 +89,12 @@ class Checkpoint(InFolder):
         return [entry["shape"] for path in self.weights for entry in tensors_of(path)[1].values()]
 
 
-def locate(source: str | Path) -> Path:
-    """The folder of a checkpoint: ``source``, or where the files of a hub id or of an address in object storage are.
-    CheckpointError if it is none.
+def locate(source: str | Path, progress: Progress | None = None) -> Path:
+    """The folder of a checkpoint: ``source``, or where the files of a hub id or of an address in object storage are
+    (copied unless it is cached, of which ``progress`` hears). CheckpointError if it is none.
     """
     if in_objects(source):
-        folder = copied(source, CHECKPOINT_PATTERNS, suffixes=SUFFIXES)
+        folder = copied(source, CHECKPOINT_PATTERNS, suffixes=SUFFIXES, progress=progress)
     elif not exists(folder := Path(source), "checkpoint"):
         if folder.suffix in SUFFIXES:
             raise CheckpointError(f"checkpoint {source}: there is no such file")
@@ -110,13 +111,13 @@ def locate(source: str | Path) -> Path:
     return folder
 
 
-def find_folder(source: str | Path, *, beside_adapter: bool = False) -> Checkpoint:
+def find_folder(source: str | Path, *, beside_adapter: bool = False, progress: Progress | None = None) -> Checkpoint:
     """The whole model in a folder, in object storage, or of a hub id (downloaded unless it is cached).
 
     CheckpointError as :func:`ghoststore.checkpoint.load.find_checkpoint`, and for an adapter; also for one beside the
     model, unless ``beside_adapter``: then it is left out.
     """
-    folder = locate(source)
+    folder = locate(source, progress)
     with naming_address(folder):
         return _whole_alone(folder, beside_adapter=beside_adapter)
 

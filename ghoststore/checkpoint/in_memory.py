@@ -27,6 +27,7 @@ from ghoststore.checkpoint.objects import place_of, recorded_place
 from ghoststore.checkpoint.token_ids import TokenIds
 from ghoststore.errors import CheckpointError, UsageError
 from ghoststore.lazy import importing
+from ghoststore.progress import Progress
 from ghoststore.settings.shared import in_memory
 
 SAVE = "save it (`model.save_pretrained(folder)`) and give the folder"
@@ -60,9 +61,9 @@ class LoadedCheckpoint:
     """The model of nanoGPT, or the file of one, that ``model`` has the weights of; None for another model."""
 
     @classmethod
-    def of_file(cls, path: str | Path) -> LoadedCheckpoint:
+    def of_file(cls, path: str | Path, progress: Progress | None = None) -> LoadedCheckpoint:
         """The checkpoint that nanoGPT wrote to a file. Raises as :func:`ghoststore.checkpoint.nanogpt.read_file`."""
-        file = file_of(path)
+        file = file_of(path, progress)
         return cls(read_file(file), nanogpt=file)
 
     @classmethod

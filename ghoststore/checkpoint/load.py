@@ -21,6 +21,7 @@ from ghoststore.checkpoint.quantised import bits_of, widened
 from ghoststore.checkpoint.token_ids import TokenIds
 from ghoststore.errors import CheckpointError, UsageError
 from ghoststore.lazy import importing
+from ghoststore.progress import Progress
 from ghoststore.settings.option import in_objects
 from ghoststore.settings.shared import AdapterUse, TokenizerSource
 from ghoststore.settings.shared import Checkpoint as CheckpointSource
@@ -35,10 +36,15 @@ AnyTokenizer: TypeAlias = Path | LoadedTokenizer | TokenIds
 
 
 def find_checkpoint(
-    source: CheckpointSource, *, base: str | Path | None = None, adapter: AdapterUse | None = None
+    source: CheckpointSource,
+    *,
+    base: str | Path | None = None,
+    adapter: AdapterUse | None = None,
+    progress: Progress | None = None,
 ) -> AnyCheckpoint:
     """The checkpoint in a folder, in object storage or of a hub id (downloaded unless it is cached); that in a file of
     nanoGPT; or that of a loaded model. ``base`` and ``adapter`` are for a LoRA adapter: see :func:`find_adapter`.
+    ``progress`` hears of what is copied from object storage.
 
     Raises CheckpointError, with what is missing (the folder, its config.json, its safetensors files) or what is wrong:
     no JSON object, a damaged header, or a configuration that asks for more than the tensors; and for a loaded model
@@ -51,13 +57,13 @@ def find_checkpoint(
     if is_checkpoint_file(source):
         if base is not None or adapter is not None:
             raise UsageError(f"`base` and `adapter` belong to the folder of an adapter, and {source} is a file")
-        return LoadedCheckpoint.of_file(source)
-    folder = locate(source)
+        return LoadedCheckpoint.of_file(source, progress)
+    folder = locate(source, progress)
     with naming_address(folder):
-        return find_adapter(folder, base, adapter) or whole_model(folder)
+        return find_adapter(folder, base, adapter, progress) or whole_model(folder)
 
 
-def find_tokenizer(source: TokenizerSource) -> AnyTokenizer:
+def find_tokenizer(source: TokenizerSource, progress: Progress | None = None) -> AnyTokenizer:
     """The folder of a saved tokenizer, or of the tokenizer of a hub id or an address in object storage (downloaded
     without weights unless it is cached); or a loaded one.
 
@@ -66,7 +72,7 @@ def find_tokenizer(source: TokenizerSource) -> AnyTokenizer:
     if not isinstance(source, str | Path):
         return LoadedTokenizer(source)
     if in_objects(source):
-        return copied(source, TOKENIZER_PATTERNS, "tokenizer")
+        return copied(source, TOKENIZER_PATTERNS, "tokenizer", progress=progress)
     folder = Path(source)
     there = exists(folder, "tokenizer")
     if folder.is_file() and folder.suffix != PICKLE:  # of which load_tokenizer says more

@@ -16,6 +16,7 @@ from ghoststore.checkpoint.bounds import LARGEST_FILE, MOST_COUNT
 from ghoststore.checkpoint.objects import copied, naming_address, place_of
 from ghoststore.errors import CheckpointError
 from ghoststore.lazy import importing
+from ghoststore.progress import Progress
 from ghoststore.settings.option import in_objects
 from ghoststore.store.base.object_path import location
 
@@ -48,9 +49,9 @@ def is_checkpoint_file(source: object) -> bool:
     return location(source, "checkpoint").is_file() if in_objects(source) else Path(source).is_file()
 
 
-def file_of(source: str | Path) -> Path:
+def file_of(source: str | Path, progress: Progress | None = None) -> Path:
     """The path of a file: of an address in object storage, that of its copy."""
-    return copied(source, (), suffixes=SUFFIXES) if in_objects(source) else Path(source)
+    return copied(source, (), suffixes=SUFFIXES, progress=progress) if in_objects(source) else Path(source)
 
 
 def looks_like(model: Any) -> bool:

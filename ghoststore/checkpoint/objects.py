@@ -12,12 +12,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ghoststore.errors import CheckpointError, GhostStoreError, MismatchError, StorageError, UsageError
+from ghoststore.progress import BYTES, Progress, Silent, Task
 from ghoststore.store.base.disk import NO_LOCKS, create_whole, remove, storage_errors
 from ghoststore.store.base.object_path import ObjectPath, cache_folder, location
 from ghoststore.store.base.objects import Found, side_by_side
@@ -30,17 +31,26 @@ UNUSED_SECONDS = 7 * 86400
 INSIDE = {"additional_chat_templates": "*.jinja", "training_state": "state.json"}
 """Folders inside that belong to it: a tokenizer's further chat templates, and the learning rate of a training."""
 _PICKLES = (".bin", ".pt", ".pth")
+_made: set[Path] = set()
+"""The copies that this process made, or has said that it found."""
 
 
 def copied(
-    address: str | Path, patterns: Sequence[str], what: str = "checkpoint", *, suffixes: Sequence[str] = ()
+    address: str | Path,
+    patterns: Sequence[str],
+    what: str = "checkpoint",
+    *,
+    suffixes: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> Path:
     """The copy of a folder's objects whose names match ``patterns``, or of one object with one of ``suffixes``. Its
     name is that of the address.
 
-    Objects in folders inside it are left out, but for INSIDE. CheckpointError if nothing is there; StorageError
-    if the store does not answer, or the cache folder cannot be written.
+    Objects in folders inside it are left out, but for INSIDE. ``progress`` hears of the bytes that are copied; or, once
+    a process, that there is a copy already. CheckpointError if nothing is there; StorageError if the store does not
+    answer, or the cache folder cannot be written.
     """
+    progress = progress or Silent()
     place = location(address, what)
     assert isinstance(place, ObjectPath)
     place = place.looked_up()
@@ -56,11 +66,22 @@ def copied(
     whole = folder / _digest(record)
     with storage_errors(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(folder):
+
+    def wait() -> None:
+        if not _is_whole(whole / name, described):
+            progress.note(f"{what} {place}: waiting for another process, which copies it")
+
+    with _one_at_a_time(folder, wait):
         if not _is_whole(whole / name, described):
             remove(whole)
             _forget_unused(folder)
-            create_whole(whole, lambda to: _copy(place, files, to, name, record))
+            with closing(
+                progress.task(f"copying {place}", sum(found.size for found in files.values()), unit=BYTES)
+            ) as task:
+                create_whole(whole, lambda to: _copy(place, files, to, name, record, task))
+        elif whole not in _made:
+            progress.note(f"{what} {place} is unchanged since it was copied: read from {whole / name}")
+        _made.add(whole)
         with suppress(OSError):
             os.utime(whole)
     return whole / name / place.name if single is not None else whole / name
@@ -125,14 +146,16 @@ def _listed(place: ObjectPath, patterns: Sequence[str], what: str) -> dict[str, 
     return files
 
 
-def _copy(place: ObjectPath, files: dict[str, Found], to: Path, name: str, record: str) -> None:
-    """Write ``files`` to the folder ``name`` in ``to``. MismatchError for an object that is another one by now."""
+def _copy(place: ObjectPath, files: dict[str, Found], to: Path, name: str, record: str, task: Task) -> None:
+    """Write ``files`` to the folder ``name`` in ``to``; ``task`` counts their bytes. MismatchError for an object that
+    is another one by now.
+    """
     for path in files:
         (to / name / path).parent.mkdir(parents=True, exist_ok=True)
         (to / name / path).touch()
     pieces = [(path, start) for path, found in files.items() for start in range(0, found.size, PIECE)]
 
-    def fetch(piece: tuple[str, int]) -> None:
+    def fetch(piece: tuple[str, int]) -> int:
         path, start = piece
         found = files[path]
         stop = min(start + PIECE, found.size)
@@ -147,9 +170,10 @@ def _copy(place: ObjectPath, files: dict[str, Found], to: Path, name: str, recor
                 place_in_file += file.write(part)
         if place_in_file != stop:
             raise StorageError(f"cannot read {address}: the answer ends at byte {place_in_file:,}")
+        return stop - start
 
-    for _ in side_by_side(fetch, pieces):
-        pass
+    for count in side_by_side(fetch, pieces):
+        task.advance(count)
     (to / RECORD).write_text(record)
 
 
@@ -170,12 +194,18 @@ def _forget_unused(folder: Path) -> None:
 
 
 @contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Let one process of this machine copy, and others wait for it: they then find what they would have copied."""
+def _one_at_a_time(folder: Path, wait: Callable[[], None]) -> Iterator[None]:
+    """Let one process of this machine copy, and others wait for it: they then find what they would have copied.
+    ``wait`` is called before that.
+    """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                wait()
+                fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise

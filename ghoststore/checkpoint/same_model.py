@@ -14,6 +14,7 @@ from ghoststore.checkpoint.nanogpt import is_checkpoint_file
 from ghoststore.checkpoint.objects import place_of
 from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.errors import MismatchError
+from ghoststore.progress import Progress
 from ghoststore.settings.option import in_objects
 from ghoststore.settings.shared import AdapterUse, in_memory
 from ghoststore.settings.shared import Checkpoint as CheckpointSource
@@ -44,14 +45,16 @@ def checkpoint_section(identity: Mapping[str, Any], model: Any, stored: Manifest
     }
 
 
-def find_as_built(part: Part, checkpoint: CheckpointSource, base: str | Path | None = None) -> AnyCheckpoint:
+def find_as_built(
+    part: Part, checkpoint: CheckpointSource, base: str | Path | None = None, progress: Progress | None = None
+) -> AnyCheckpoint:
     """:func:`find_checkpoint`, used as the build of ``part`` did where it is an adapter."""
-    base, adapter = adapter_as_built(part, checkpoint, base)
-    return find_checkpoint(checkpoint, base=base, adapter=adapter)
+    base, adapter = adapter_as_built(part, checkpoint, base, progress)
+    return find_checkpoint(checkpoint, base=base, adapter=adapter, progress=progress)
 
 
 def adapter_as_built(
-    part: Part, checkpoint: CheckpointSource, base: str | Path | None
+    part: Part, checkpoint: CheckpointSource, base: str | Path | None, progress: Progress | None = None
 ) -> tuple[str | Path | None, AdapterUse | None]:
     """(base, use) of ``checkpoint`` where it is an adapter, as the build of ``part`` had them; None where it is none.
 
@@ -64,7 +67,7 @@ def adapter_as_built(
     if adapter is None:
         if is_checkpoint_file(checkpoint):
             return base, None
-        folder = locate(checkpoint) if in_objects(checkpoint) else Path(checkpoint)
+        folder = locate(checkpoint, progress) if in_objects(checkpoint) else Path(checkpoint)
         beside = (folder / ADAPTER_CONFIG).exists() and holds_model(folder)
         return base, "ignore" if beside else None
     if base is None and is_own(part.manifest) and is_place(part.manifest["source"].get("base") or ""):

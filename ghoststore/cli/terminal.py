@@ -16,6 +16,7 @@ from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
@@ -27,7 +28,7 @@ from rich.text import Text
 
 from ghoststore.cli.events import EventLog, current
 from ghoststore.cli.options import renderer
-from ghoststore.progress import Silent, Task
+from ghoststore.progress import BYTES, Silent, Task
 from ghoststore.shown import clipped, json_text, visible
 
 WIDE = 240
@@ -72,10 +73,12 @@ class _OneLine(ProgressColumn):
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
-        self._count, self._bar, self._remaining = MofNCompleteColumn(), BarColumn(bar_width=BAR), TimeRemainingColumn()
+        self._count, self._bytes = MofNCompleteColumn(), DownloadColumn(binary_units=True)
+        self._bar, self._remaining = BarColumn(bar_width=BAR), TimeRemainingColumn()
 
     def render(self, task: RichTask) -> Table:
-        count, remaining, rates = self._count.render(task), self._remaining.render(task), _rates(task)
+        count = (self._bytes if task.fields["unit"] == BYTES else self._count).render(task)
+        remaining, rates = self._remaining.render(task), _rates(task)
         words = Line(task.fields["words"])
         left = self._console.width - count.cell_len
         description = Line(task.description).within(max(left - 1, 0))
@@ -123,7 +126,7 @@ def _rates(task: RichTask) -> str:
     rows = (task.completed - task.fields["started_at"]) / elapsed
     if not rows:
         return ""
-    text = pace(1 / rows, task.fields["unit"])
+    text = f"{human_bytes(round(rows))}/s" if task.fields["unit"] == BYTES else pace(1 / rows, task.fields["unit"])
     if task.fields["tokens"]:
         text += f", {task.fields['tokens'] / elapsed:,.0f} tokens/s"
     return text

@@ -27,6 +27,7 @@ from ghoststore.errors import CorpusError, GhostStoreError, StorageError, UsageE
 from ghoststore.progress import Progress
 from ghoststore.settings.fields import Fields
 from ghoststore.settings.shared import Data, is_stdin
+from ghoststore.store.base.object_ranges import beginnings
 
 STDIN = "standard input"
 _OF = {"encoding": "text files (jsonl, json, csv, tsv, txt)", "delimiter": "csv and tsv files"}
@@ -167,8 +168,9 @@ class Corpus:
         domains = self.domains
         left_out = self._left_out
         source_row, first = self._entry(start)
-        for file in range(start.file, len(self.files)):
-            path = self.files[file]
+        files = self.files[start.file :]
+        # Of other forms than those that are read from their beginning, the beginning is of no use.
+        for file, path in enumerate(beginnings(files) if has_offsets else files, start.file):
             fields = self._form.fields(path) if left_out or self.keep else None
             # A file may lack fields that are kept. Asked for one that it lacks, a form reads all that it has.
             columns = [
@@ -178,7 +180,7 @@ class Corpus:
             for key, row in self._form.rows(path, columns, first):
                 if source_row >= start.source_row:
                     try:
-                        place = Place(self._form, path, key)
+                        place = Place(self._form, self.files[file], key)
                         sample = self.sample_of(row, source_row, file, key if has_offsets else -1, place)
                     except RowError as error:
                         raise CorpusError(f"{self._form.where(path, key)}: {error}") from None

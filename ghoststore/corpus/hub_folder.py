@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ghoststore.errors import CorpusError
+from ghoststore.store.base.object_path import at_once
+from ghoststore.store.base.objects import side_by_side
 from ghoststore.store.base.opening import open_regular
 
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -60,12 +62,16 @@ def _choices(folder: Path, names: Iterable[str]) -> str:
     return ", ".join(f"{folder}:{name}" for name in names)
 
 
-def refuse_pointers(files: Iterable[Path]) -> None:
+def refuse_pointers(files: Sequence[Path]) -> None:
     """CorpusError for a file whose data are not there: Git LFS has put a few lines in its place."""
-    for path in files:
-        if path.stat().st_size <= LARGEST_POINTER:
-            with open_regular(path) as file:
-                if file.read(len(POINTER)) == POINTER:
-                    raise CorpusError(
-                        f"{path}: the data are not here, only what Git LFS put in their place: run `git lfs pull` there"
-                    )
+    small = [path for path in files if path.stat().st_size <= LARGEST_POINTER]
+    for path, is_pointer in zip(small, side_by_side(_is_pointer, small, at_once(files[0])), strict=True):
+        if is_pointer:
+            raise CorpusError(
+                f"{path}: the data are not here, only what Git LFS put in their place: run `git lfs pull` there"
+            )
+
+
+def _is_pointer(path: Path) -> bool:
+    with open_regular(path) as file:
+        return file.read(len(POINTER)) == POINTER

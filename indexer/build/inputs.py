@@ -129,7 +129,7 @@ def part_name(options: BuildOptions) -> str:
     """The name of the part, given or made of those of checkpoint and corpus."""
     if options.name:
         return check_name(options.name)
-    checkpoint = find_checkpoint(options.model, base=options.base, adapter=options.adapter)
+    checkpoint = find_checkpoint(options.model, base=options.base, adapter=options.adapter, progress=options.progress)
     return safe_name(checkpoint.name, part_word(options.data))
 
 
@@ -145,9 +145,9 @@ def open_inputs(
     read for that.
     """
     device = resolve_device(options.device, options.model)
-    checkpoint = find_checkpoint(options.model, base=options.base, adapter=options.adapter)
+    checkpoint = find_checkpoint(options.model, base=options.base, adapter=options.adapter, progress=progress)
     given = options.tokenizer
-    text_tokenizer = load_tokenizer(checkpoint.tokenizer_folder if given is None else find_tokenizer(given))
+    text_tokenizer = load_tokenizer(checkpoint.tokenizer_folder if given is None else find_tokenizer(given, progress))
     name = check_name(options.name) if options.name else safe_name(checkpoint.name, part_word(options.data))
     Store.refuse_others(location(options.store))
     like = None if options.like is None else part_like(options)

@@ -63,7 +63,7 @@ def resolved(options: BuildOptions) -> BuildOptions:
         raise UsageError(
             f"{whose} was built from a model in memory: give `checkpoint`, that model or the folder it was saved to"
         )
-    base, adapter = adapter_as_built(part, checkpoint, options.base)
+    base, adapter = adapter_as_built(part, checkpoint, options.base, options.progress)
     taken = {
         **settings_as_built(part),
         "checkpoint": checkpoint,

@@ -341,7 +341,7 @@ class _Repair:
                 f"{whose} was built on standard input or on what is in memory, which cannot be read again: give `data` "
                 "(and `checkpoint`, if that was in memory), the same as then"
             )
-        base, use = adapter_as_built(part, checkpoint, user_options.base)
+        base, use = adapter_as_built(part, checkpoint, user_options.base, self._progress)
         return BuildOptions(
             checkpoint=checkpoint,
             base=base,

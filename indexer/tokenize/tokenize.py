@@ -137,7 +137,7 @@ def tokenize_as_of(
             raise UsageError(f"`{name}` must be at least 1, not {value}")
     begun, folder = time.perf_counter(), Path(options.out)
     _refuse_others(folder)
-    text_tokenizer = load_tokenizer(find_tokenizer(options.tokenizer))
+    text_tokenizer = load_tokenizer(find_tokenizer(options.tokenizer, progress))
     loaded = time.perf_counter()
     with open_corpus(options.data, options.fields or Fields(), progress) as corpus:
         if stream_rows is not None:

@@ -46,12 +46,14 @@ class Start:
     tokenizer_folder: AnyTokenizer
 
     @classmethod
-    def find(cls, checkpoint: str | Path | None, tokenizer: TokenizerSource | None, data: Source) -> Start:
+    def find(
+        cls, checkpoint: str | Path | None, tokenizer: TokenizerSource | None, data: Source, progress: Progress
+    ) -> Start:
         """The checkpoint, and the tokenizer of the folder given, of the checkpoint, or of the token shards."""
-        source = None if checkpoint is None else find_folder(checkpoint)
+        source = None if checkpoint is None else find_folder(checkpoint, progress=progress)
         folder: AnyTokenizer
         if tokenizer is not None:
-            folder = find_tokenizer(tokenizer)
+            folder = find_tokenizer(tokenizer, progress)
         elif source is not None:
             folder = source.folder
         elif is_shards(data):

@@ -134,7 +134,7 @@ class _Training:
     def evaluate(self) -> TrainReport:
         """The val loss of the checkpoint."""
         begun = time.perf_counter()
-        start = Start.find(self.checkpoint, self.tokenizer, self.data)
+        start = Start.find(self.checkpoint, self.tokenizer, self.data, self.progress)
         model = start.model(self.config, self.device, None)
         val = self._val(self._tokenizer(start, model, None), longest_row(model, self.config.max_length))
         assert val is not None
@@ -150,7 +150,7 @@ class _Training:
         """Train, in an output folder that no other training uses."""
         begun = time.perf_counter()
         self.ranks.led(self._refuse_unwritable)
-        start = Start.find(self.checkpoint, self.tokenizer, self.data)
+        start = Start.find(self.checkpoint, self.tokenizer, self.data, self.progress)
         with self._output_dir(), saying_what_is_left(self.output_dir, self.ranks):
             return self._run(start, trackers, begun)
 
@@ -159,7 +159,7 @@ class _Training:
         folder.
         """
         begun = time.perf_counter()
-        start = Start.find(self.checkpoint, self.tokenizer, self.data)
+        start = Start.find(self.checkpoint, self.tokenizer, self.data, self.progress)
         with tokens_aside() as folder:
             prepared = self._prepared(start, folder, record=False)
             plan = plan_of(prepared, str(self.data), self.output_dir, log_folders)

@@ -107,7 +107,12 @@ class PartEncoder:
     ) -> None:
         self._progress = progress or Silent()
         self.model, self._tokenizer = load_for(
-            part.members[0], checkpoint, tokenizer, resolve_device(device, checkpoint), base=base
+            part.members[0],
+            checkpoint,
+            tokenizer,
+            resolve_device(device, checkpoint),
+            base=base,
+            progress=self._progress,
         )
         self._tokenizer.note = self._progress.note
         self._corpora, self._data = {} if corpus is None else {part.name: corpus}, data
@@ -359,6 +364,7 @@ def load_for(
     device: str,
     *,
     base: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Any, Tokenizer]:
     """The model and tokenizer of ``part``, read from where the user says, or from where the user's own build read them.
 
@@ -372,8 +378,8 @@ def load_for(
         raise UsageError(
             f"{name} was built from a model in memory: give `checkpoint`, that model or the folder it was saved to"
         )
-    files = find_as_built(part, path, base)
-    folder = tokenizer_folder(part, tokenizer, files)
+    files = find_as_built(part, path, base, progress)
+    folder = tokenizer_folder(part, tokenizer, files, progress)
     with ThreadPoolExecutor(1) as pool:  # every byte is read while tokenizer and model load
         identity = pool.submit(files.identity)
         loaded = load_tokenizer(folder)
@@ -395,13 +401,15 @@ def load_for(
     )
 
 
-def tokenizer_folder(part: Part, tokenizer: TokenizerSource | None, checkpoint: AnyCheckpoint) -> AnyTokenizer:
+def tokenizer_folder(
+    part: Part, tokenizer: TokenizerSource | None, checkpoint: AnyCheckpoint, progress: Progress | None = None
+) -> AnyTokenizer:
     """The folder of the tokenizer of ``part``: the one the user gives, else the one that the user's own build read,
     else that of the checkpoint. The caller compares the tokenizer with the part's in any case.
     """
     if tokenizer is not None:
-        return find_tokenizer(tokenizer)
+        return find_tokenizer(tokenizer, progress)
     recorded = part.manifest["source"]["tokenizer"]
     if recorded is None or not (is_own(part.manifest) and is_place(recorded)):
         return checkpoint.tokenizer_folder
-    return find_tokenizer(recorded)
+    return find_tokenizer(recorded, progress)

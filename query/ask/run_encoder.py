@@ -69,8 +69,8 @@ class RunEncoder(PartEncoder):
         progress: Progress,
     ) -> None:
         self._progress = progress
-        manifest, found = run.manifest, find_checkpoint(checkpoint, base=base)
-        folder = found.tokenizer_folder if tokenizer is None else find_tokenizer(tokenizer)
+        manifest, found = run.manifest, find_checkpoint(checkpoint, base=base, progress=progress)
+        folder = found.tokenizer_folder if tokenizer is None else find_tokenizer(tokenizer, progress)
         loaded = load_tokenizer(folder)
         with reading(run.path / "zarr.json", "does not say how its model was trained"):
             dtype, max_length = (

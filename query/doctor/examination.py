@@ -114,6 +114,7 @@ def doctor(options: DoctorOptions) -> DoctorReport:
         options.attn_implementation,
         base=options.base,
         adapter=options.adapter,
+        progress=progress,
     )
     with ExitStack() as stack:
         corpus = (
@@ -185,6 +186,7 @@ def _open_models(
     *,
     base: str | Path | None,
     adapter: AdapterUse | None,
+    progress: Progress,
 ) -> tuple[Models, Any]:
     """(source of the model in its dtypes and kernels, its tokenizer). UsageError unless exactly one model is given."""
     if in_memory(checkpoint):
@@ -201,10 +203,12 @@ def _open_models(
         if tokenizer is None:
             raise UsageError("a model in memory needs its tokenizer: give `tokenizer`")
         models = LoadedModels(model, dtype, device, kernel)
-        return models, load_tokenizer(find_tokenizer(tokenizer)) if isinstance(tokenizer, (str, Path)) else tokenizer
+        if isinstance(tokenizer, (str, Path)):
+            tokenizer = load_tokenizer(find_tokenizer(tokenizer, progress))
+        return models, tokenizer
     assert checkpoint is not None
-    saved = find_checkpoint(checkpoint, base=base, adapter=adapter)
+    saved = find_checkpoint(checkpoint, base=base, adapter=adapter, progress=progress)
     models = SavedModels(saved, dtype or "float32", resolve_device(device), kernel)
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
-        tokenizer = load_tokenizer(saved.tokenizer_folder if tokenizer is None else find_tokenizer(tokenizer))
+        tokenizer = load_tokenizer(saved.tokenizer_folder if tokenizer is None else find_tokenizer(tokenizer, progress))
     return models, tokenizer

@@ -126,7 +126,7 @@ class Task:
         scanned = part.manifest["corpus"]
         path = source_path(part.manifest, "checkpoint", f"part {part.name!r}", "checkpoint", behind.checkpoint)
         assert path is not None
-        checkpoint = find_folder(path, beside_adapter=True)
+        checkpoint = find_folder(path, beside_adapter=True, progress=progress)
         model, tokenizer = checkpoint.folder, tokenizer_folder(part, behind.tokenizer, checkpoint)
         shards = Path(corpus.source)
         if not is_shards(corpus.origin):

@@ -63,10 +63,10 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
     )
     if options.dry_run and is_stdin(options.data):
         raise UsageError("`dry_run` cannot read standard input: the corpus would be used up; give a file")
-    checkpoint = find_checkpoint(options.checkpoint, base=options.base, adapter=options.adapter)
+    checkpoint = find_checkpoint(options.checkpoint, base=options.base, adapter=options.adapter, progress=progress)
     device = resolve_device(options.device, options.checkpoint)
     given = options.tokenizer
-    folder = checkpoint.tokenizer_folder if given is None else find_tokenizer(given)
+    folder = checkpoint.tokenizer_folder if given is None else find_tokenizer(given, progress)
     text_tokenizer = load_tokenizer(folder)
     with open_corpus(options.data, options.fields or Fields(), progress) as corpus:  # refused before a model is loaded
         model = load_model(

@@ -102,7 +102,7 @@ class Frame:
     """Ranges of missing steps between committed ones, half-open."""
     state: RunState | None = None
     """``running`` while a process writes the run, ``stopped`` if none does and steps are missing, else ``finished``;
-    None without a run.
+    None without a run, and for an unfinished one in object storage, where nothing shows who writes.
     """
     writer: dict[str, Any] | None = None
     """The process that writes the run, or wrote it last: host, pid, command, since, touched (both in seconds since

@@ -22,6 +22,7 @@ from ghoststore.settings.keywords import takes
 from ghoststore.settings.shared import Data, WeightOption, in_memory
 from ghoststore.settings.store import WatchOptions
 from ghoststore.store import Run, Store
+from ghoststore.store.base.object_path import ObjectPath
 from ghoststore.store.base.own import is_own
 from ghoststore.store.base.writers import writers
 from ghoststore.store.run.ranges import Steps, count, merged, without
@@ -76,7 +77,10 @@ def newest_of(names: Sequence[str], store: Store) -> str:
 
     def age(name: str) -> tuple[bool, float]:
         folder = store.run_path(name)
-        paths = [folder, *folder.iterdir(), *folder.glob("*/*")] if folder.is_dir() else []
+        if isinstance(folder, ObjectPath):  # where the entries of a journal are objects, and folders have no times
+            paths: list[Path] = [path for _, path in folder.below()]
+        else:
+            paths = [folder, *folder.iterdir(), *folder.glob("*/*")] if folder.is_dir() else []
         times = [0.0]
         for path in paths:
             with suppress(FileNotFoundError):  # a run that is at work replaces files
@@ -145,7 +149,7 @@ class Watcher:
                 self._add(piece)
             self._last = self._frame(self._run)
         fields = writer_fields(self._run, finished=self._last.finished)
-        left = self._last.seconds_left if fields["state"] == "running" else None
+        left = None if fields["state"] == "stopped" else self._last.seconds_left
         return replace(self._last, **fields, seconds_left=left)
 
     def _open(self) -> str | None:
@@ -371,15 +375,22 @@ def _age(run: Run) -> float | None:
     times = []
     for path in paths:
         with suppress(FileNotFoundError):  # a journal is removed when its span is committed
-            times.append(path.stat().st_mtime)
+            # In an object store a journal is a folder of its entries.
+            entries = path.iterdir() if isinstance(path, ObjectPath) and path.suffix == ".log" else [path]
+            times += [entry.stat().st_mtime for entry in entries]
     return max(0.0, time.time() - max(times)) if times else None
 
 
 def writer_fields(run: Run, *, finished: bool) -> dict[str, Any]:
-    """The fields of a frame about the writer of the run: whether there is one, and since when there is none."""
+    """The fields of a frame about the writer of the run: whether there is one, and since when there is none.
+
+    In an object store nothing shows who writes: an unfinished run has no ``state`` there, but the age of its commit.
+    """
     by_age = sorted(writers(run.path), key=lambda writer: (writer.alive, writer.touched))
     writer, age = by_age[-1] if by_age else None, _age(run)
-    state: RunState = "finished" if finished else "running" if writer is not None and writer.alive else "stopped"
+    state: RunState | None = "running" if writer is not None and writer.alive else "stopped"
+    if finished or isinstance(run.path, ObjectPath):
+        state = "finished" if finished else None
     silent = None
     if state == "stopped":
         ages = [age] if age is not None else []

@@ -18,7 +18,7 @@ import zstandard
 
 from ghoststore.errors import CorpusError, StorageError
 from ghoststore.store.base.object_path import ObjectPath
-from ghoststore.store.base.object_ranges import RangedFile
+from ghoststore.store.base.object_ranges import RangedFile, open_ranged
 from ghoststore.store.base.opening import open_regular
 
 KeyedRow: TypeAlias = tuple[int, object]
@@ -85,7 +85,7 @@ class NumberedForm:
 
 def open_file(path: Path) -> FileIO:
     """A file of a corpus, on a disk (see `open_regular`) or in object storage, where it is read by ranges."""
-    return cast(FileIO, RangedFile(path)) if isinstance(path, ObjectPath) else open_regular(path)
+    return cast(FileIO, open_ranged(path)) if isinstance(path, ObjectPath) else open_regular(path)
 
 
 def open_again(path: Path, file: Any) -> FileIO:

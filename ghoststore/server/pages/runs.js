@@ -61,7 +61,7 @@ function list(runs) {
   return [table("Training runs", ["run", "state", "steps", "train loss", "val loss", "negative scores", "rows", "domains"], rows, { stacks: true })];
 }
 
-const badge = (state) => make("span", { class: `badge ${state}` }, state || "waiting");
+const badge = (state) => make("span", { class: `badge ${state}` }, state || "unfinished");
 
 function progress(done, all) {
   return make("span", { class: "progress" }, make("progress", { value: done, max: all || 1, "aria-label": "committed steps" }), ` ${whole(done)} of ${whole(all)}`);
@@ -153,7 +153,7 @@ class Page {
 
   head(frame) {
     const left = [frame.waiting, frame.unread ? `${whole(frame.unread)} steps are being read` : null];
-    if (frame.state === "running" && frame.seconds_left !== null) left.push(`about ${span(frame.seconds_left)} left`);
+    if (frame.state !== "stopped" && frame.seconds_left !== null) left.push(`about ${span(frame.seconds_left)} left`);
     if (frame.state !== "finished" && frame.commit_age !== null) left.push(`last commit ${span(frame.commit_age)} ago`);
     const missing = frame.gaps.reduce((sum, [first, stop]) => sum + stop - first, 0);
     if (missing) left.push(`${whole(missing)} steps missing`);

@@ -39,6 +39,8 @@ class ObjectPath(PosixPath):
 
     _listed: Found | bool | None = None
     """What the listing that this path comes from said: the object, True for a folder. None if it was not listed."""
+    opened: Any = None
+    """A :class:`~ghoststore.store.base.object_ranges.RangedFile` whose beginning was asked for already; taken once."""
 
     def __str__(self) -> str:
         scheme, separator, rest = super().__str__().partition(":/")
@@ -94,6 +96,10 @@ class ObjectPath(PosixPath):
     def listed(self) -> Found | None:
         """What the listing that this path comes from said of the object."""
         return self._listed if isinstance(self._listed, Found) else None
+
+    def twin(self) -> ObjectPath:
+        """An equal path of its own, with what the listing said."""
+        return self if self._listed is None else self._of(self.key, self._listed)
 
     def looked_up(self) -> ObjectPath:
         """This path, with what there is: nothing asks for that again."""

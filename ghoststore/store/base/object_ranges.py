@@ -7,8 +7,9 @@ whole. A corpus is neither: a text is a few kilobytes somewhere in it, and a pas
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from ghoststore.errors import MismatchError, StorageError
@@ -20,6 +21,10 @@ SMALLEST = 32 << 10
 LARGEST = 4 << 20
 AHEAD = 8
 """Requests of LARGEST bytes that are under way while a file is read on; docs/object-storage.md has the figures."""
+BEGINNING = 1 << 20
+"""Most bytes that are asked for of a file before the one ahead of it is read to its end."""
+BEGINNINGS = 8 << 20
+"""Most bytes of the beginnings of such files, of IN_FLIGHT of them at most."""
 
 
 class RangedFile(ObjectReader):
@@ -60,6 +65,11 @@ class RangedFile(ObjectReader):
         self._expected, self._each = deque(places), each
         self._look_ahead()
 
+    def begin(self, pool: ThreadPoolExecutor, count: int) -> None:
+        """Ask for the first ``count`` bytes, before anything is read."""
+        self._next = max(count, SMALLEST)
+        self._ahead.append((0, pool.submit(self._fetch, 0, count)))
+
     def read(self, size: int | None = -1) -> bytes:
         """``size`` bytes, and fewer only at the end, as from a file on a disk."""
         if size is None or size < 0:
@@ -77,6 +87,8 @@ class RangedFile(ObjectReader):
         return len(part)
 
     def close(self) -> None:
+        for _, answer in self._ahead:
+            answer.cancel()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
         super().close()
@@ -166,3 +178,36 @@ def expecting(file: Any, places: Iterable[int], each: int = SMALLEST) -> None:
     """:meth:`RangedFile.expect` of the file under a buffer; nothing for others."""
     if isinstance(raw := getattr(file, "raw", file), RangedFile):
         raw.expect(places, each)
+
+
+def open_ranged(path: ObjectPath) -> RangedFile:
+    """An object, open for reading: that whose beginning is under way, if there is one."""
+    file, path.opened = path.opened, None
+    return RangedFile(path) if file is None else file
+
+
+def beginnings(paths: Sequence[Path]) -> Iterator[Path]:
+    """``paths`` in order. Of objects that a listing named, the first bytes of those that follow are asked for while one
+    is read, so that many small ones do not wait for each other; not before the second of them is needed.
+
+    At most IN_FLIGHT requests and BEGINNINGS bytes are under way or unread. What fails does so where it is read.
+    """
+    if paths:
+        yield paths[0]
+    ahead: deque[tuple[Path, int]] = deque()
+    pool = ThreadPoolExecutor(IN_FLIGHT, "ghoststore-beginnings")
+    try:
+        for path in paths[1:]:
+            listed = path.listed if isinstance(path, ObjectPath) else None
+            count = 0 if listed is None else min(listed.size, BEGINNING)
+            while ahead and (len(ahead) == IN_FLIGHT or sum(each for _, each in ahead) + count > BEGINNINGS):
+                yield ahead.popleft()[0]
+            if isinstance(path, ObjectPath) and count:
+                path = path.twin()  # by which nobody else opens it
+                path.opened = RangedFile(path)
+                path.opened.begin(pool, count)
+            ahead.append((path, count))
+        while ahead:
+            yield ahead.popleft()[0]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -15,14 +15,16 @@ import numpy as np
 import pytest
 
 import ghoststore
-from ghoststore.checkpoint.find import find_folder
+from ghoststore.checkpoint.find import Checkpoint, find_folder
 from ghoststore.checkpoint.load import find_checkpoint, find_tokenizer, load_tokenizer
 from ghoststore.checkpoint.objects import UNUSED_SECONDS
 from ghoststore.errors import CheckpointError, MismatchError, StorageError, UsageError
+from ghoststore.progress import Silent
 from ghoststore.store import Store
 from ghoststore.store.base.object_path import cache_folder, location
 from tests.support.adapters import save_adapter
 from tests.support.nanogpt import gpt, save, write_stream
+from tests.support.notes import Notes
 from tests.support.object_server import KEY, SECRET, Request, contents, first
 
 if TYPE_CHECKING:
@@ -205,6 +207,90 @@ def test_a_checkpoint_is_copied_once_and_a_changed_one_is_noticed(bucket: Bucket
     assert copies() == [changed.folder.parent]
 
 
+class Watching(Notes):
+    """The tasks, too: (what it is, its unit, its total, what was counted)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tasks: list[list[Any]] = []
+
+    def task(self, description: str, total: int | None, done: int = 0, unit: str = "rows") -> Any:
+        self.tasks.append([description, unit, total, done])
+        return Counting(self.tasks[-1])
+
+
+class Counting(Silent):
+    def __init__(self, counted: list[Any]) -> None:
+        self.counted = counted
+
+    def advance(self, rows: int, tokens: int = 0) -> None:
+        self.counted[-1] += rows
+
+    def close(self) -> None:
+        self.counted.append("closed")
+
+
+def test_progress_of_a_copy(bucket: Bucket, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes of all files while they are copied; a note where a process finds the copy; nothing from a disk."""
+    monkeypatch.setattr("ghoststore.checkpoint.objects.PIECE", 1000)
+    monkeypatch.setattr("ghoststore.checkpoint.objects._made", set())
+    names = [path.name for path in (inputs / "model").iterdir()]
+    sizes = {name: (inputs / "model" / name).stat().st_size for name in names if name != "training_state"}
+    whole = sum(size for name, size in sizes.items() if name != "optimizer.pt")
+    watching = Watching()
+    find_checkpoint(f"{TREE}/model", progress=watching)
+    state = (inputs / "model/training_state/state.json").stat().st_size
+    assert watching.tasks == [[f"copying {TREE}/model", "bytes", whole + state, whole + state, "closed"]]
+    assert find_checkpoint(f"{TREE}/model", progress=watching)
+    assert len(watching.tasks) == 1
+    assert watching.said == []
+    monkeypatch.setattr("ghoststore.checkpoint.objects._made", set())  # as in another process
+    for _ in range(2):
+        found = find_checkpoint(f"{TREE}/model", progress=watching)
+    assert isinstance(found, Checkpoint)
+    assert len(watching.tasks) == 1
+    assert watching.said == [f"checkpoint {TREE}/model is unchanged since it was copied: read from {found.folder}"]
+    find_tokenizer(f"{TREE}/model", watching)
+    assert [task[0] for task in watching.tasks[1:]] == [f"copying {TREE}/model"]
+    local = Watching()
+    find_checkpoint(inputs / "model", progress=local)
+    find_tokenizer(inputs / "model", local)
+    assert (local.tasks, local.said) == ([], [])
+
+
+@pytest.mark.parametrize("command", ["build", "query", "tokenize", "train", "doctor", "full_gradients"])
+def test_each_command_shows_it(
+    bucket: Bucket, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    copied: list[Any] = []
+
+    def stop(address: Any, patterns: Any, what: str = "checkpoint", **given: Any) -> Path:
+        copied.append(given.get("progress"))
+        raise Stop
+
+    if command == "query":
+        build(tmp_path / "store", TREE)
+    for module in ("find", "load", "nanogpt"):
+        monkeypatch.setattr(f"ghoststore.checkpoint.{module}.copied", stop)
+    model, data = {"checkpoint": f"{TREE}/model"}, {"data": inputs / "corpus/a.jsonl"}
+    given: dict[str, dict[str, Any]] = {
+        "build": {**model, **data, "store": tmp_path / "store"},
+        "query": {"store": tmp_path / "store", "val_set": inputs / "val.jsonl"},
+        "tokenize": {**data, "tokenizer": f"{TREE}/model", "out": tmp_path / "out"},
+        "train": {**model, **data, "output_dir": tmp_path / "out", "method": "Regular", "max_steps": 1},
+        "doctor": model,
+        "full_gradients": {**model, **data, "out": tmp_path / "out"},
+    }
+    progress = Notes()
+    with pytest.raises(Stop):
+        getattr(ghoststore, command)(**given[command], progress=progress)
+    assert copied == [progress]
+
+
+class Stop(Exception):
+    """Ends a command where it would copy."""
+
+
 def test_a_part_of_another_checkpoint_at_the_same_address_is_refused(
     bucket: Bucket, inputs: Path, tmp_path: Path
 ) -> None:
@@ -220,8 +306,13 @@ def test_processes_that_copy_one_checkpoint_at_once(bucket: Bucket, inputs: Path
     """One copies, the others wait for it; both builds have its bytes."""
     bucket.server.delay = 0.05
     pids = [start_build(bucket, bucket.lab.folder / f"at-once-{n}") for n in range(3)]
-    for outcome in map(bucket.lab.wait, pids):
+    outcomes = [bucket.lab.wait(pid) for pid in pids]
+    for outcome in outcomes:
         assert outcome.code == 0, outcome.err
+    said = [f"copying {TREE}/model" in outcome.err for outcome in outcomes]
+    assert sorted(said) == [False, False, True]
+    for outcome, copied in zip(outcomes, said, strict=True):
+        assert (f"checkpoint {TREE}/model is unchanged since it was copied" in outcome.err) != copied
     assert reads(bucket, "model/model.safetensors") == 1
     assert len(copies()) == 1
 

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +18,16 @@ from safetensors.torch import load_file
 import ghoststore
 from ghoststore.errors import BusyError
 from ghoststore.store import Store
+from ghoststore.store.base.object_path import location
 from ghoststore.store.base.objects import objects_of
 from ghoststore.store.run.journal import append_entry
 from ghoststore.store.run.pieces import side_by_side
+from query.training_scores.watch import Watcher, newest_of
 from tests.support.loops import plan
 from tests.support.managed_loops import config_of
 from tests.support.managed_loops import train as managed
 from tests.support.object_server import KEY, SECRET, Request, first
+from tests.support.score_runs import LAYOUT, append, make
 from tests.support.trainings import TIMES, Gym, arrays_of, open_gym, same_bits
 
 if TYPE_CHECKING:
@@ -276,3 +280,20 @@ def test_a_loop_with_scores(bucket: Bucket, tmp_path: Path) -> None:
     there, here = (Store.open(store).run("run") for store in stores)
     assert there.complete
     assert same_bits(arrays_of(there), arrays_of(here)) == []
+
+
+def test_a_growing_run_is_watched(bucket: Bucket, tmp_path: Path) -> None:
+    """As on a disk, from a journal and from spans; who writes it nothing shows, so it is not called stopped."""
+    layout = replace(LAYOUT, span_steps=10, save_steps=5)
+    stores = (location("s3://bucket/watched"), tmp_path / "store")
+    runs, watchers = [make(store, layout=layout) for store in stores], [Watcher(store) for store in stores]
+    for start, stop in ((0, 5), (5, 10), (15, 23)):
+        for run in runs:
+            append(run, start, stop)
+        there, here = (watcher.look() for watcher in watchers)
+        assert there.commit_age is not None
+        assert there.state == ("finished" if stop == 23 else None)
+        assert there.silent is None
+        same = {"store": "", "state": None, "commit_age": None, "silent": None, "seconds_left": None, "writer": None}
+        assert replace(there, **same) == replace(here, **same)
+        assert newest_of(["run"], Store.open(stores[0])) == "run"
