@@ -260,7 +260,7 @@ def test_gc_removes_what_a_dead_writer_staged(bucket: Bucket) -> None:
 
 
 def test_requests_of_a_query_do_not_wait_for_each_other(bucket: Bucket) -> None:
-    store = made(bucket, "many")
+    store = made(bucket, "side-by-side")
     part = Store.open(store).part()
     bucket.server.reset()
     bucket.server.delay = 0.1
