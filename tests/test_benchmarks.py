@@ -38,7 +38,7 @@ def corpus(path: Path, rows: int, first: int) -> Path:
 
 @pytest.mark.slow
 def test_beside_libraries_that_are_not_installed(tmp_path: Path) -> None:
-    data, val_set = corpus(tmp_path / "data.jsonl", 24, 0), corpus(tmp_path / "val.jsonl", 4, 100)
+    data, val_set = corpus(tmp_path / "data.jsonl", 48, 0), corpus(tmp_path / "val.jsonl", 4, 100)
     venv.create(tmp_path / "bare", with_pip=False)
     others = ("bergson", "dattri", "dattri-llm")
     command = [
@@ -58,9 +58,9 @@ def test_beside_libraries_that_are_not_installed(tmp_path: Path) -> None:
     assert ours["ghoststore/default"]["difference"]["value"] == 0.0
     outcomes = tmp_path / "work" / "outcomes"
     default, exact, words = (np.load(outcomes / f"ghoststore-{name}.npy") for name in ("default", "exact", "tf-idf"))
-    assert default.shape == exact.shape == words.shape == (4, 24)
-    # In the mean: the least of four questions over 24 rows is 0.78 to 0.85, by what is drawn to learn the projection.
-    assert np.mean([np.corrcoef(pair)[0, 1] for pair in zip(default, exact, strict=True)]) > 0.85
+    assert default.shape == exact.shape == words.shape == (4, 48)
+    # Of 24 rows the least correlation is 0.78 to 0.85, by what is drawn to learn the projection; of 48 0.85 to 0.89.
+    assert all(np.corrcoef(pair)[0, 1] > 0.8 for pair in zip(default, exact, strict=True))
     assert np.all(words <= 1 + 1e-6)
     (table, _) = found["tables"]
     assert [row["LDS"] for row in table["rows"] if row["library"] == "bergson"] == ["not installed"] * 8

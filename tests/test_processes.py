@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from ghoststore.cli.serve import command
 
 PLACES = """
 import ctypes, sys, threading
@@ -39,3 +42,9 @@ def test_threads_share_memory(tmp_path: Path) -> None:
         subprocess.run([sys.executable, "-c", PLACES, tmp_path / how, how], check=True)
         places[how] = (tmp_path / how).read_text().count("<heap nr=")
     assert places["shared"] == 1 < places["apart"]
+
+
+def test_the_explorer_asks_for_that_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ghoststore.processes.share_memory_among_threads", lambda: sys.exit(77))
+    asked = CliRunner().invoke(command, ["--store", str(tmp_path)])
+    assert asked.exit_code == 77

@@ -16,6 +16,9 @@ from query.search.part_score import Term
 from query.search.top_k import Ranking
 
 FUSION_CONSTANT = 60.0
+"""Reciprocal rank fusion (Cormack, Clarke, Büttcher 2009): the score of a row is Σ over groups of 1 / (60 +
+its rank).
+"""
 
 
 def combined(question: Question, terms: list[Term], names: list[str]) -> tuple[list[Term], list[str]]:

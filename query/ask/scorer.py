@@ -39,10 +39,6 @@ from query.search.second_moment import DampedInverse, checked_damping
 from query.search.top_k import Ranking
 from query.search.unions import refuse_united
 
-"""Reciprocal rank fusion (Cormack, Clarke, Büttcher 2009): the score of a row is Σ over groups of 1 / (60 +
-its rank).
-"""
-
 
 def open_scorer(
     question: Question,

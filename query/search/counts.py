@@ -49,8 +49,9 @@ def count_scores(
     and highest are ``low_C`` and ``high_C``: those of :func:`bins_of`. Columns as there, the combined one last.
 
     Reads each committed chunk once. Only of rows near an edge are scores computed exactly. CorruptError for a damaged
-    chunk.
+    chunk, and for a part whose length is out of proportion to what is committed.
     """
+    terms[0].part.refuse_hollow()
     scores = PieceScores(terms, combine, device, allowed_N, screened=True)
     flat_C = np.array([equal(low, high) for low, high in zip(low_C, high_C, strict=True)])
     spread_C = np.where(flat_C, 1.0, high_C - low_C)

@@ -5,7 +5,7 @@ Legend: R rows, O, I axes of a gradient matrix, K, J ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,9 @@ from ghoststore.progress import Silent
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store.part.status import Status
 from indexer.build import calibrate as module
-from indexer.build.calibrate import axis_lengths, calibrate
+from indexer.build.calibrate import axis_lengths, calibrate, learning_bytes
 from indexer.build.leading import Leading
+from indexer.encode.encoder import RowEncoder
 from indexer.encode.tokens import Row
 from indexer.projection.adam import SideScales
 from indexer.projection.calibration import Calibration
@@ -197,9 +198,24 @@ def test_few_blocks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(model, precondition="kronecker")
     wanted = factors_of(learn(model, plan, rows))
     monkeypatch.setattr(module, "BYTES_AT_ONCE", 1)
+    together, hand_over = set[int](), RowEncoder.hand_over
+
+    def seen(encoder: RowEncoder, rows: Sequence[Row], take: Any) -> Tensor:
+        together.add(len(rows))
+        return hand_over(encoder, rows, take)
+
+    monkeypatch.setattr(RowEncoder, "hand_over", seen)
     for name, pair in factors_of(learn(model, plan, rows)).items():
         for factor, expected in zip(pair, wanted[name], strict=True):
             same(dense(factor), dense(expected), 1e-5)
+    assert together == {1}
+
+
+def test_a_gpu_takes_more_at_once_and_the_estimate_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, gib = plan_of(small(), precondition="kronecker"), 1 << 30
+    monkeypatch.setattr(module, "total_memory", lambda device: {"cuda:0": 64 * gib, "cuda:1": gib}[device])
+    small_one, large, least = (learning_bytes(plan, device) for device in ("cpu", "cuda:0", "cuda:1"))
+    assert small_one == least == large - 7 * (2 * gib - module.BYTES_AT_ONCE)
 
 
 def test_long_axes_are_learned_through_a_drawn_side(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,18 +21,11 @@ from ghoststore import ProjectionConfig
 from ghoststore.errors import UsageError
 from ghoststore.store import Run, Store
 from query.common.rank_correlation import spearman
-from tests.support.kept_runs import PLAIN, K, ask, at_checkpoint, kept_runs, scores, train
+from tests.support.kept_runs import PLAIN, K, ask, at_checkpoint, scores, train
 from tests.support.parts import vectors_of
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
-
-
-@pytest.fixture(scope="module")
-def folder(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("asked")
-    kept_runs(lab, folder)
-    return folder
 
 
 def run_of(folder: Path, name: str = "moving") -> Run:

@@ -11,18 +11,11 @@ import pytest
 import ghoststore
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from tests.support.harms import flip
-from tests.support.kept_runs import ask, at_checkpoint, kept_runs, scores, train
+from tests.support.kept_runs import ask, at_checkpoint, scores, train
 from tests.support.runs import rewrite_manifest
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
-
-
-@pytest.fixture(scope="module")
-def folder(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("asked")
-    kept_runs(lab, folder)
-    return folder
 
 
 def test_damage_is_never_an_answer(folder: Path, tmp_path: Path) -> None:

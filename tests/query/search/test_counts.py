@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from ghoststore.errors import CorruptError
 from ghoststore.store import Part
 from query.search.counts import BINS, bins_of, count_scores
 from query.search.part_score import Term
@@ -82,3 +83,12 @@ def made(tmp_path: Path, first: np.ndarray) -> Part:
 def test_scores_on_edges_equal_ones_and_wild_ones(tmp_path: Path, first: np.ndarray) -> None:
     counts_CB = checked([Term.of(made(tmp_path, first), torch.eye(1, DIMENSION, dtype=torch.float64), metric="dot")])
     assert counts_CB.sum() == len(first)
+
+
+def test_a_hollow_part_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before memory is taken for each row that its manifest tells of."""
+    term = Term.of(make_part(tmp_path, clustered(), spans=[0]), QUERIES, metric="dot")
+    monkeypatch.setattr("ghoststore.store.spans.group.FEW_ROWS", 10)
+    monkeypatch.setattr("ghoststore.store.spans.group.MOST_TIMES", 2)
+    with pytest.raises(CorruptError, match="too few to keep a number of each"):
+        count_scores([term], np.zeros(3), np.ones(3))

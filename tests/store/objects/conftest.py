@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,14 @@ class Bucket:
     environment: dict[str, str]
     """The variables of a process that uses the server."""
     whole: dict[str, bytes] = field(default_factory=dict)
+
+    @contextmanager
+    def used_here(self) -> Iterator[None]:
+        """This process uses the server: others have a state of their own."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.environment.items():
+                patch.setenv(name, value)
+            yield
 
     def tree(self, name: str) -> dict[str, bytes]:
         """Every object of the store called ``name``."""
@@ -86,10 +95,10 @@ def bucket_of_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buck
 
 
 @pytest.fixture(autouse=True)
-def variables(bucket_of_session: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process uses the server during each of these tests: others have a state of their own."""
-    for name, value in bucket_of_session.environment.items():
-        monkeypatch.setenv(name, value)
+def variables(bucket_of_session: Bucket) -> Iterator[None]:
+    """This process uses the server during each of these tests."""
+    with bucket_of_session.used_here():
+        yield
 
 
 @pytest.fixture

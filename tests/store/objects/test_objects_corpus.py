@@ -107,9 +107,7 @@ def made_files() -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def corpora(bucket_of_session: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Corpora:
     folder = tmp_path_factory.mktemp("corpora")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in bucket_of_session.environment.items():
-            patch.setenv(name, value)
+    with bucket_of_session.used_here():
         files = made_files()
         for name, data in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -27,9 +27,7 @@ FILES, ROWS = 40, 6
 def folder(bucket_of_session: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files on a disk; :data:`TREE` has the same. Some are empty, one is far longer than the others."""
     folder = tmp_path_factory.mktemp("many")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in bucket_of_session.environment.items():
-            patch.setenv(name, value)
+    with bucket_of_session.used_here():
         for number in range(FILES):
             rows = 0 if number % 13 == 12 else 900 if number == 5 else ROWS
             texts = [f"{number} {row} " + "word " * (40 * (number % 7)) for row in range(rows)]
