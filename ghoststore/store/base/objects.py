@@ -128,7 +128,11 @@ class Objects:
                     self._obstore.put(self._store, key, data, mode="create", use_multipart=False)
                 return True
             except FileExistsError:
-                return self._is(key, data)
+                try:
+                    return self._is(key, data)
+                except FileNotFoundError:  # removed since, as a claim that has served: the place is free again
+                    if pause is None:
+                        raise
             except StorageError:
                 if pause is None:
                     raise

@@ -178,6 +178,21 @@ def test_several_requests_are_under_way(bucket: Bucket) -> None:
     assert bucket.server.most_at_once > 4
 
 
+def test_an_object_is_made_where_another_was_removed_meanwhile(bucket: Bucket) -> None:
+    """As two workers do with the claim of one that died: it was an error that nobody could follow."""
+    objects = objects_of("s3", "bucket")
+    objects.put("claimed", b"another's")
+
+    def removed(request: Request) -> None:
+        if request.method == "GET" and request.path.endswith("/claimed"):
+            bucket.server.seen = None
+            objects.delete(["claimed"])
+
+    bucket.server.seen = removed
+    assert objects.create("claimed", b"ours")
+    assert bytes(next(iter(objects.get("claimed")[1]))) == b"ours"
+
+
 def test_workers(bucket: Bucket) -> None:
     """One begins the part, and learns; what a worker that died had claimed is free."""
     part = location("s3://bucket/workers/parts/part")
