@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,16 @@ PAUSE, PAUSE_OF_OBJECTS = 0.2, 1.0
 """Seconds between two looks whether the part is there."""
 
 
-def begin(store: Store, name: str, progress: Progress) -> ExitStack:
+def begin(store: Store, name: str, progress: Progress, meanwhile: Callable[[], None]) -> ExitStack:
     """Wait until the part ``name`` exists, or until this process may begin it. Close what is returned once it exists.
+    ``meanwhile`` is called if there is something to wait for.
 
     The claim lies beside the part, called as what is unfinished is.
     """
     part = store.part_path(name)
     place = part.with_name(f".{name}.begin.tmp")
     claim: _Folder | _Object = _Object(place) if isinstance(place, ObjectPath) else _Folder(place)
-    said = False
+    said = waited = False
     while not part.exists():
         stack = ExitStack()
         try:
@@ -43,7 +44,11 @@ def begin(store: Store, name: str, progress: Progress) -> ExitStack:
             if not said and other:
                 progress.note(f"waiting for the worker that begins part {name!r}: {other}")
                 said = True
-            time.sleep(claim.pause)
+            if waited:
+                time.sleep(claim.pause)
+            else:
+                waited = True
+                meanwhile()
             continue
         if not part.exists():
             return stack

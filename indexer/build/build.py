@@ -24,7 +24,7 @@ from indexer.build.beginning import begin
 from indexer.build.corpus_plan import other_places
 from indexer.build.estimate import estimated_seconds
 from indexer.build.growth import command_for_new_rows, refuse_grown
-from indexer.build.inputs import open_inputs, part_name
+from indexer.build.inputs import LoadedModel, open_inputs, part_name
 from indexer.build.job import BuildJob, plan_job
 from indexer.build.like import resolved
 from indexer.build.report import BuildReport
@@ -139,10 +139,12 @@ def opened(
     """
     with ExitStack() as stack:
         beginning = ExitStack()
+        ahead: list[LoadedModel] = []  # the model is loaded while another learns the projection
         if share is not None:
             name = part_name(options)  # before the store is made: a checkpoint that is none is refused
-            beginning = stack.enter_context(begin(Store.create(options.store), name, progress))
-        inputs = stack.enter_context(open_inputs(options, progress, checked=share))
+            waiting = begin(Store.create(options.store), name, progress, lambda: ahead.append(LoadedModel.of(options)))
+            beginning = stack.enter_context(waiting)
+        inputs = stack.enter_context(open_inputs(options, progress, checked=share, ahead=ahead[0] if ahead else None))
         job = plan_job(inputs, progress, joining=share is not None)
         try:
             part = _open_part(Store.create(options.store), job, progress)

@@ -22,7 +22,9 @@ from indexer.build.inputs import existing_part, part_name
 from indexer.build.report import BUILDING, BuildReport
 
 PIECES = 8
-"""Lists of spans that a worker gets, one after the other, if all are equally fast."""
+"""Lists of spans that a worker gets at least, one after the other, if all are equally fast. The last are shorter, so
+that all end at about the same time.
+"""
 DEATHS = 5
 """Workers that may die in each place, one after the other, without a span being committed in between."""
 LEFT_OUT = {"progress", "workers", "devices", "worker", "engine", "ray_address", "num_gpus"}
@@ -146,8 +148,10 @@ class _Crew:
 
     def __init__(self, means: Means, count: int, options: BuildOptions, progress: Progress) -> None:
         self._means, self._count, self._options, self._progress = means, count, options, progress
-        self._pieces: deque[Sequence[int]] | None = None
-        """Spans to build; None until a worker has told which there are."""
+        self._left: deque[int] | None = None
+        """Spans that nobody builds yet; None until a worker has told which there are."""
+        self._length = 1
+        """How many of them a worker gets at once."""
         self._places: dict[int, _Place] = {}
         self._shown: _Place | None = None
         """The worker whose bars are shown: the one that begins the part."""
@@ -190,7 +194,7 @@ class _Crew:
         if isinstance(message, Event):
             self._show(place, message)
         elif isinstance(message, Ready):
-            if self._pieces is None:
+            if self._left is None:
                 self._plan(message)
             self.learning = max(self.learning, message.learning)
             self._order(place)
@@ -201,9 +205,10 @@ class _Crew:
 
     def _order(self, place: _Place) -> None:
         """Give its worker the next spans, or let it go."""
-        assert self._pieces is not None
-        if self._pieces:
-            place.spans, place.rows = self._pieces.popleft(), 0
+        assert self._left is not None
+        if self._left:
+            length = min(self._length, max(1, len(self._left) // (2 * self._count)))
+            place.spans, place.rows = [self._left.popleft() for _ in range(length)], 0
             place.hand.order(place.spans)
         else:
             place.leaving = True
@@ -213,8 +218,7 @@ class _Crew:
         self._report, self.planned = ready.report, time.perf_counter()
         part = Store.open(self._options.store).damaged_part(ready.report.part)
         missing = sorted(set(range(part.layout.spans)) - set(part.spans))
-        length = max(1, len(missing) // (PIECES * self._count))
-        self._pieces = deque(missing[at : at + length] for at in range(0, len(missing), length))
+        self._left, self._length = deque(missing), max(1, len(missing) // (PIECES * self._count))
         if missing:
             self._task = self._progress.task(BUILDING, part.layout.rows, done=part.rows)
 
@@ -238,14 +242,13 @@ class _Crew:
                 "smaller `batch_tokens`"
             )
         self._progress.note(f"{death.how}: another takes its place")
-        if self._pieces is not None:
+        if self._left is not None:
             assert self._report is not None
             part = Store.open(self._options.store).damaged_part(self._report.part)
             done = [span for span in place.spans if span in set(part.spans)]
             if done:
                 self._deaths = 0
-            if left := sorted(set(place.spans) - set(done)):
-                self._pieces.appendleft(left)
+            self._left.extendleft(sorted(set(place.spans) - set(done), reverse=True))
             if self._task is not None:  # what it had begun and not committed is built again
                 self._task.advance(sum(stop - start for start, stop in map(part.layout.span_of, done)) - place.rows)
         self._start(place.hand.number)
@@ -257,7 +260,7 @@ class _Crew:
         assert event.task is not None
         if event.begins is not None and event.begins[0] == BUILDING:
             place.built.add(event.task)
-        if self._pieces is not None:
+        if self._left is not None:
             if event.rows and event.task in place.built and self._task is not None:
                 place.rows += event.rows
                 self._task.advance(event.rows, event.tokens)
@@ -269,7 +272,7 @@ class _Crew:
         if event.ends:
             bar.close()
             del place.bars[event.task]
-        elif self._pieces is None and event.rows:
+        elif self._left is None and event.rows:
             bar.advance(event.rows, event.tokens)
         elif event.words is not None:
             bar.say(event.words)

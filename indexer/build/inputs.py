@@ -129,8 +129,35 @@ def part_name(options: BuildOptions) -> str:
     """The name of the part, given or made of those of checkpoint and corpus."""
     if options.name:
         return check_name(options.name)
-    checkpoint = find_checkpoint(options.model, base=options.base, adapter=options.adapter, progress=options.progress)
+    checkpoint = checkpoint_of(options, options.progress)
     return safe_name(checkpoint.name, part_word(options.data))
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """The model of a build, and the checkpoint that it was loaded from."""
+
+    checkpoint: AnyCheckpoint
+    model: Any
+
+    @classmethod
+    def of(cls, options: BuildOptions, checkpoint: AnyCheckpoint | None = None) -> LoadedModel:
+        """The model that ``options`` name; ``checkpoint`` is theirs, if it was found already."""
+        if checkpoint is None:
+            checkpoint = checkpoint_of(options, options.progress)
+        model = load_model(
+            checkpoint,
+            dtype=options.model_dtype,
+            device=resolve_device(options.device, options.model),
+            attn_implementation=options.attn_implementation,
+            encoder_decoder=True,
+        )
+        return cls(checkpoint, model)
+
+
+def checkpoint_of(options: BuildOptions, progress: Progress | None) -> AnyCheckpoint:
+    """The checkpoint that ``options`` name."""
+    return find_checkpoint(options.model, base=options.base, adapter=options.adapter, progress=progress)
 
 
 @contextmanager
@@ -139,13 +166,14 @@ def open_inputs(
     progress: Progress,
     repaired: Part | None = None,
     checked: Callable[[int], Collection[int]] | None = None,
+    ahead: LoadedModel | None = None,
 ) -> Iterator[BuildInputs]:
-    """Open all inputs. Those that cannot be used are refused before the model is loaded, and so is a damaged part,
-    unless it is ``repaired``: of its committed spans those that ``checked`` names by their number, by default all, are
-    read for that.
+    """Open all inputs. Those that cannot be used are refused before the model is loaded (unless it was, ``ahead``), and
+    so is a damaged part, unless it is ``repaired``: of its committed spans those that ``checked`` names by their
+    number, by default all, are read for that.
     """
     device = resolve_device(options.device, options.model)
-    checkpoint = find_checkpoint(options.model, base=options.base, adapter=options.adapter, progress=progress)
+    checkpoint = checkpoint_of(options, progress) if ahead is None else ahead.checkpoint
     given = options.tokenizer
     text_tokenizer = load_tokenizer(checkpoint.tokenizer_folder if given is None else find_tokenizer(given, progress))
     name = check_name(options.name) if options.name else safe_name(checkpoint.name, part_word(options.data))
@@ -166,13 +194,7 @@ def open_inputs(
         )
     with open_corpus(options.data, _fields(options, repaired, like), progress, stream=options.streams) as corpus:
         corpus = corpus.keeping(checked_names(options.keep_fields, corpus))
-        model = load_model(
-            checkpoint,
-            dtype=options.model_dtype,
-            device=device,
-            attn_implementation=options.attn_implementation,
-            encoder_decoder=True,
-        )
+        model = (ahead or LoadedModel.of(options, checkpoint)).model
         before = existing or like
         tokenizer = tokenizer_for(
             model,

@@ -20,7 +20,7 @@ from indexer.build.build import opened
 from indexer.build.crew import Death, Done, Event, Hand, Ready, build_by
 from indexer.build.report import BuildReport
 from indexer.build.sent import Sent
-from indexer.build.spans import compute_spans
+from indexer.build.spans import KeptEncoder, compute_spans
 
 NEWS_SECONDS = 1.0
 """How long a call for news waits for the first."""
@@ -40,6 +40,7 @@ class Builder:
             # What is committed was checked by the process that made this actor.
             opening = opened(BuildOptions(**keywords), self._sent, lambda spans: [])
             self._job, self._part = self._stack.enter_context(opening)
+            self._kept = self._stack.enter_context(KeptEncoder(self._job))
         except GhostStoreError as error:
             return error
         return Ready(report=BuildReport.of(self._job), learning=self._job.learning_seconds)
@@ -47,7 +48,7 @@ class Builder:
     def build(self, spans: Sequence[int]) -> Done | GhostStoreError:
         """Build and commit ``spans``."""
         try:
-            compute_spans(Part(self._part.path), self._job, self._sent, spans)
+            compute_spans(Part(self._part.path), self._job, self._sent, spans, kept=self._kept)
         except GhostStoreError as error:
             return error
         return Done()

@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,11 +28,41 @@ from indexer.encode.tokens import Row
 T = TypeVar("T")
 
 
+class KeptEncoder:
+    """What encodes the rows of a build, made when it is first asked for and kept to the end of the block.
+
+    Making one costs: its first batch is checked against autograd. A worker that gets its spans list by list keeps one.
+    """
+
+    def __init__(self, job: BuildJob) -> None:
+        self._job = job
+        self._made: RowEncoder | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> KeptEncoder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def get(self) -> RowEncoder:
+        """It."""
+        if self._made is None:
+            self._made = self._stack.enter_context(row_encoder(self._job))
+        return self._made
+
+
 def compute_spans(
-    part: Part, job: BuildJob, progress: Progress, only: Collection[int] | None = None, verb: str = BUILDING
+    part: Part,
+    job: BuildJob,
+    progress: Progress,
+    only: Collection[int] | None = None,
+    verb: str = BUILDING,
+    *,
+    kept: KeptEncoder | None = None,
 ) -> dict[str, float]:
     """Compute and commit every span without a record; with ``only``, only those of them. Returns seconds by kind of
-    work. ``verb`` begins the line of progress.
+    work. ``verb`` begins the line of progress; ``kept`` is an encoder that outlives the call.
     """
     missing = sorted(set(range(part.layout.spans) if only is None else only) - set(part.spans))
     seconds = {"compute": 0.0, "corpus": 0.0, "write": 0.0}
@@ -44,7 +74,8 @@ def compute_spans(
         task = progress.task(verb, sum(stop - start for start, stop in map(part.layout.span_of, missing)))
     inputs, sizes = job.inputs, [stop - start for start, stop in map(part.layout.span_of, range(part.layout.spans))]
     spans = rows_of_spans(inputs.corpus, inputs.tokenizer, inputs.tokens, job.plan, sizes, missing)
-    with closing(task), row_encoder(job) as encoder, BackgroundWriter(part) as writer:
+    with closing(task), ExitStack() as stack, BackgroundWriter(part) as writer:
+        encoder = (kept or stack.enter_context(KeptEncoder(job))).get()
         waited = time.perf_counter()
         for span, rows in read_ahead(spans):
             started = time.perf_counter()

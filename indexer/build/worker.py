@@ -7,7 +7,7 @@ from indexer.build.build import opened
 from indexer.build.crew import Done, Ready
 from indexer.build.report import BuildReport
 from indexer.build.sent import Sent
-from indexer.build.spans import compute_spans
+from indexer.build.spans import KeptEncoder, compute_spans
 
 
 def main() -> None:
@@ -17,9 +17,10 @@ def main() -> None:
         # What is committed was checked by the process that started this one.
         with opened(BuildOptions(**coming.next()), sent, lambda spans: []) as (job, part):
             sent.send(Ready(report=BuildReport.of(job), learning=job.learning_seconds))
-            while (spans := coming.next()) is not None:
-                compute_spans(Part(part.path), job, sent, spans)
-                sent.send(Done())
+            with KeptEncoder(job) as kept:
+                while (spans := coming.next()) is not None:
+                    compute_spans(Part(part.path), job, sent, spans, kept=kept)
+                    sent.send(Done())
 
 
 if __name__ == "__main__":
