@@ -21,9 +21,10 @@ def run(tree: Path, words: list[str]) -> tuple[float, float]:
     """(wall, CPU) seconds of ``ghoststore`` with ``words``, by the code of the checkout ``tree``, on one thread."""
     used, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(
-        [sys.executable, "-P", "-m", "ghoststore", *words, "--quiet"],
+        [sys.executable, "-P", "-m", "ghoststore", *words],
         check=True,
         stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"},
     )
     wall, now = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -51,9 +52,10 @@ def main(
             for name in trees if turn % 2 == 0 else reversed(trees):
                 store = ["--store", str(folder / f"{name} {turn}")]
                 corpus = ["--checkpoint", str(model), "--data", data, "--max-samples", str(rows), "--device", "cpu"]
+                random = ["--name", "part", "--proj-kind", "gaussian", "--proj-precondition", "none"]
                 commands = {
-                    "build, nothing learned": ["build", *store, *corpus, "--name", "part", "--precondition", "none"],
-                    "build of what is there": ["build", *store, *corpus, "--name", "part", "--precondition", "none"],
+                    "build, nothing learned": ["build", *store, *corpus, *random],
+                    "build of what is there": ["build", *store, *corpus, *random],
                     "query": ["query", *store, "--val-set", val_set, "--device", "cpu"],
                     "verify": ["verify", *store],
                     "info": ["info", *store],
