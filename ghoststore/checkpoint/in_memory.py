@@ -300,14 +300,19 @@ def _saved_tensors(model: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def as_folders(checkpoint: Any, tokenizer: Any) -> Iterator[tuple[Any, Any]]:
-    """A checkpoint and a tokenizer as paths, for processes that read them from there: what is in memory is saved to a
-    temporary folder until the block ends. None, and paths, stay.
+def as_folders(checkpoint: Any, tokenizer: Any, progress: Progress | None = None) -> Iterator[tuple[Any, Any]]:
+    """A checkpoint and a tokenizer as paths, for processes that read them from there: what is in memory, or a file of
+    nanoGPT, is saved to a temporary folder until the block ends. None, and paths of folders, stay. ``progress`` hears
+    of a file that is copied from object storage.
     """
     with tempfile.TemporaryDirectory(prefix="ghoststore-") as folder:
         places = [Path(folder) / name for name in ("model", "tokenizer")]
         if in_memory(checkpoint) or is_checkpoint_file(checkpoint):
-            loaded = LoadedCheckpoint.of(checkpoint) if in_memory(checkpoint) else LoadedCheckpoint.of_file(checkpoint)
+            loaded = (
+                LoadedCheckpoint.of(checkpoint)
+                if in_memory(checkpoint)
+                else LoadedCheckpoint.of_file(checkpoint, progress)
+            )
             if loaded.peft is not None:
                 raise UsageError(f"{loaded.where}: a whole model is expected here; give `model.merge_and_unload()`")
             loaded.refuse_without_biases()

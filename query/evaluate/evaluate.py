@@ -92,7 +92,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
     holds another evaluation, and what ``ghoststore.query`` raises.
     """
     _refuse(options)
-    with as_folders(options.checkpoint, options.tokenizer) as (checkpoint, tokenizer):
+    with as_folders(options.checkpoint, options.tokenizer, options.progress) as (checkpoint, tokenizer):
         return _evaluate(replace(options, checkpoint=checkpoint, tokenizer=tokenizer))
 
 

@@ -101,6 +101,12 @@ def as_bytes(values: Any) -> tuple[Any, bytes]:
     return (values.shape, values.dtype), values.tobytes()
 
 
+def without_times(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The files that no two trainings have otherwise: neither times, nor records with their checksums."""
+    times = tuple(f"runs/run/{name}/c/" for name in TIMES)
+    return {name: data for name, data in files.items() if not name.startswith((*times, "runs/run/commits/"))}
+
+
 def in_two(lab: Lab, code: str, **variables: Any) -> list[Outcome]:
     """Two forked processes that run ``code``, each with the environment of its rank and ``variables``."""
     with socket.socket() as free:

@@ -258,7 +258,7 @@ def test_progress_of_a_copy(bucket: Bucket, inputs: Path, tmp_path: Path, monkey
     assert (local.tasks, local.said) == ([], [])
 
 
-@pytest.mark.parametrize("command", ["build", "query", "tokenize", "train", "doctor", "full_gradients"])
+@pytest.mark.parametrize("command", ["build", "query", "tokenize", "train", "doctor", "full_gradients", "evaluate"])
 def test_each_command_shows_it(
     bucket: Bucket, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -273,6 +273,8 @@ def test_each_command_shows_it(
     for module in ("find", "load", "nanogpt"):
         monkeypatch.setattr(f"ghoststore.checkpoint.{module}.copied", stop)
     model, data = {"checkpoint": f"{TREE}/model"}, {"data": inputs / "corpus/a.jsonl"}
+    file = "s3://bucket/file-of-nanogpt/ckpt.pt"  # which an evaluation makes a folder of
+    location(file).write_bytes(b"x")
     given: dict[str, dict[str, Any]] = {
         "build": {**model, **data, "store": tmp_path / "store"},
         "query": {"store": tmp_path / "store", "val_set": inputs / "val.jsonl"},
@@ -280,6 +282,7 @@ def test_each_command_shows_it(
         "train": {**model, **data, "output_dir": tmp_path / "out", "method": "Regular", "max_steps": 1},
         "doctor": model,
         "full_gradients": {**model, **data, "out": tmp_path / "out"},
+        "evaluate": {"checkpoint": file, "store": "-", "val_set": inputs / "val.jsonl", "out": tmp_path / "out"},
     }
     progress = Notes()
     with pytest.raises(Stop):

@@ -28,7 +28,7 @@ from tests.support.managed_loops import config_of
 from tests.support.managed_loops import train as managed
 from tests.support.object_server import KEY, SECRET, Request, first
 from tests.support.score_runs import LAYOUT, append, make
-from tests.support.trainings import TIMES, Gym, arrays_of, open_gym, same_bits
+from tests.support.trainings import Gym, arrays_of, open_gym, same_bits, without_times
 
 if TYPE_CHECKING:
     from tests.store.objects.conftest import Bucket
@@ -60,12 +60,6 @@ def words(gym: Gym, folder: Path, name: str, *options: str) -> list[str]:
 
 def train(gym: Gym, folder: Path, name: str, *options: str) -> Any:
     return gym.lab.run(*words(gym, folder, name, *options))
-
-
-def without_times(files: dict[str, bytes]) -> dict[str, bytes]:
-    """The files that no two trainings have otherwise: neither times, nor records with their checksums."""
-    times = tuple(f"runs/run/{name}/c/" for name in TIMES)
-    return {name: data for name, data in files.items() if not name.startswith((*times, "runs/run/commits/"))}
 
 
 def ends_like(bucket: Bucket, folder: Path, name: str, whole: Path) -> None:
