@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import CaptureError, UsageError
 from ghoststore.settings.projection import ProjectionConfig
@@ -24,7 +23,7 @@ from indexer.encode.expanded import Expanded
 from indexer.encode.flat_rows import FlatRows
 from indexer.encode.forward_probe import ABSENT, CallKeeper, CannotRun, strangers
 from indexer.encode.graphs import NewGraphs, called, hidden_in_graphs, refuse_not_run, refuse_unreached
-from indexer.encode.modes import is_compiled, refuse_randomness, without_autocast
+from indexer.encode.modes import Removable, is_compiled, refuse_randomness, without_autocast
 from indexer.encode.sample_axis import Witness, mixed_blocks, refuse_mixed
 from indexer.encode.uses import FrozenInCalls, parameters_by_module, paths_of, refuse_hidden
 from indexer.layers.base import refuse_counted
@@ -86,7 +85,7 @@ class GradProjLoraEngine:
         self.projection = projection or Projection.for_model(self.model, config or ProjectionConfig())
         self._leaves: dict[str, Tensor] = {}
         self._batch = 0
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Removable] = []
         self._lean = ExitStack()
         self._flags: list[tuple[nn.Parameter, bool]] = []
         self._ran: set[str] = set()
@@ -139,7 +138,7 @@ class GradProjLoraEngine:
                 parameter.requires_grad_(False)
             if self._find_uses:
                 self._uses = FrozenInCalls(self.model, parameters_by_module(self.model, self.projection.plan))
-                self._handles += self._uses.attach()
+                self._handles += self._uses.attach(self._given)
             for layer in self.projection.plan.layers:
                 for use in layer.block.uses:
                     module = self.model.get_submodule(use.module)
@@ -256,6 +255,7 @@ class GradProjLoraEngine:
             refuse_hidden(hidden)
             for engine in engines:
                 engine._leaves = {}  # without leaves the branches do nothing in what runs again
+                engine._freeze()
             refuse_hidden([path for engine in engines for path in engine._hidden_in_graphs()])
         except RuntimeError as error:
             if "use_reentrant=True" in str(error):

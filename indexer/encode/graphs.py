@@ -105,7 +105,7 @@ def hidden_in_graphs(model: nn.Module, call: Call, parameters: Mapping[str, Sequ
 
     It runs as it was written, with a graph of autograd; branches or taps must take no notice.
     """
-    uses = FrozenInCalls(model, parameters, as_written=True)
+    uses = FrozenInCalls(model, parameters)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     autocast = torch.autocast(device_type(model), dtype=call.autocast, enabled=call.autocast is not None)
     handles = uses.attach()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
@@ -125,6 +125,86 @@ def is_compiled(model: nn.Module) -> bool:
 def is_compiled_itself(module: nn.Module) -> bool:
     """Whether ``module`` is the wrapper of ``torch.compile``, or was compiled in place."""
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+class Removable(Protocol):
+    """Something on a module that can be taken away."""
+
+    def remove(self) -> None:
+        """Take it away."""
+
+
+class _CallInPlace:
+    """Stands in for the call of a module that was compiled in place, whose hooks are inside its graph.
+
+    All who watch the module share one, and the last to go puts the call of the module back.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.call: Any = module._compiled_call_impl
+        self.watching: list[_Watch] = []
+        module._compiled_call_impl = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return self.call(*args, **kwargs)
+        watching = list(self.watching)
+        for watch in watching:
+            watch.enter()
+        try:
+            return self.call(*args, **kwargs)
+        finally:
+            for watch in reversed(watching):
+                watch.leave()
+
+
+class _Watch:
+    """One who watches the calls of a module that was compiled in place."""
+
+    def __init__(self, module: nn.Module, enter: Callable[[], None], leave: Callable[[], None]) -> None:
+        self._module, self.enter, self.leave = module, enter, leave
+        call: Any = module._compiled_call_impl
+        self._around = call if isinstance(call, _CallInPlace) else _CallInPlace(module)
+        self._around.watching.append(self)
+
+    def remove(self) -> None:
+        around = self._around
+        if self in around.watching:
+            around.watching.remove(self)
+        if not around.watching and self._module._compiled_call_impl is around:  # else it was compiled again
+            self._module._compiled_call_impl = around.call
+
+
+def around_calls(module: nn.Module, enter: Callable[[], None], leave: Callable[[], None]) -> list[Removable]:
+    """Call ``enter`` before and ``leave`` after each call of the compiled ``module``, outside of its graphs and also
+    after an exception. Nothing is called where the call itself is part of a graph.
+    """
+    if not hasattr(module, "_orig_mod"):
+        return [_Watch(module, enter, leave)]
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_dynamo_compiling():
+            enter()
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not torch.compiler.is_dynamo_compiling():
+            leave()
+
+    return [
+        module.register_forward_pre_hook(before, prepend=True),
+        module.register_forward_hook(after, always_call=True),
+    ]
+
+
+def outermost_compiled(model: nn.Module) -> list[nn.Module]:
+    """The compiled modules among ``model`` and what is in it, but none that is inside of another."""
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if module not in inside and is_compiled_itself(module):
+            found.append(module)
+            inside.update(module.modules())
+    return found
 
 
 def outside_graphs(handle: RemovableHandle) -> RemovableHandle:

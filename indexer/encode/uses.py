@@ -8,6 +8,7 @@ first batch cannot know, a branch that only a later batch takes, shows there.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch._C._autograd import _get_sequence_nr
 from torch.utils.hooks import RemovableHandle
 
-from indexer.encode.modes import is_compiled_itself
+from indexer.encode.modes import Removable, around_calls, outermost_compiled
 from indexer.encode.sample_axis import unsupported
 from indexer.projection.plan import ProjectionPlan
 
@@ -92,35 +93,52 @@ class FrozenInCalls:
 
     ``parameters`` are those of each module by name. Nothing is kept for a backward pass that would not be kept
     otherwise, but for uses that are refused. Inside compiled graphs nothing can be frozen for a call: the parameters of
-    modules that run there are frozen in the whole batch, once that is known.
+    modules that run there are frozen while the compiled module around the graph is called. Of a graph that is made
+    around no such module (of a compiled function) nothing tells when it runs: then, once that is known, they are frozen
+    in the whole batch. So a graph always sees them frozen, and none is made for the sake of that.
     """
 
-    def __init__(
-        self, model: nn.Module, parameters: Mapping[str, Sequence[nn.Parameter]], *, as_written: bool = False
-    ) -> None:
-        """``as_written``: nothing will run in a compiled graph."""
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Sequence[nn.Parameter]]) -> None:
         self._model = model
         self._of = {name: [p for p in own if p.is_floating_point()] for name, own in parameters.items()}
         self._all = list({id(p): p for own in self._of.values() for p in own}.values())
         self._inside: dict[int, int] = {}
-        """By parameter, how many calls of its modules are open."""
+        """By parameter, how many calls of its modules, or of compiled modules, are open."""
         self._open = self.whole = False
         """Whether a batch is open; whether everything is in its graph, the uses inside calls, too."""
         self._called = False
         """Whether a module was called in the open batch."""
         self.never_alone = False
         """Whether ``whole`` counts although the model itself is called: it does not run on one sample."""
-        self._in_graphs = set() if as_written else _compiled_among(model, self._of)
-        """Modules that ran in compiled graphs in the last batch; before the first those that should."""
+        self._in_graphs: set[str] = set()
+        """Modules that ran in compiled graphs in the last batch."""
+        self._awaited: set[str] = set()
+        """Modules that should run in graphs: a compiled module around them is called for the first time in the open
+        batch."""
         self._watched: set[int] = set()
         """The parameters that are in the graph of the open batch where they are used outside calls."""
-        self.traced: set[str] = set()
+        self._traced: set[str] = set()
         self._eager: set[str] = set()
         """Modules that ran in the open batch in compiled graphs, and outside."""
+        self._within = 0
+        """How many calls of compiled modules are open."""
+        self._adrift: set[str] = set()
+        self._ever_adrift: set[str] = set()
+        """Modules that ran in graphs outside calls of compiled modules: in the open batch, and ever before."""
+        self._belonging: set[str] = set()
+        """Modules inside of compiled ones."""
+        self._strays: set[str] = set()
+        """Modules that ran in graphs, and stand in no compiled module."""
+        self._frozen: list[list[nn.Parameter]] = []
+        """For each open call of a compiled module, what is frozen for it."""
 
-    def attach(self) -> list[RemovableHandle]:
-        """The hooks on the modules. Those of branches must come later, to stand before them."""
-        handles = [self._model.register_forward_pre_hook(self._model_called, prepend=True)]
+    def attach(self, given: nn.Module | None = None) -> list[Removable]:
+        """The hooks on the modules. Those of branches must come later, to stand before them.
+
+        ``given`` is what is called, the model or the wrapper of ``torch.compile`` around it; None where nothing will
+        run in a compiled graph.
+        """
+        handles: list[Removable] = [self._model.register_forward_pre_hook(self._model_called, prepend=True)]
         for name, parameters in self._of.items():
             module = self._model.get_submodule(name)
             enter, leave = self._hooks(name, parameters)
@@ -128,14 +146,20 @@ class FrozenInCalls:
                 module.register_forward_pre_hook(enter, prepend=True),
                 module.register_forward_hook(leave, prepend=True),
             ]
+        for module in [] if given is None else outermost_compiled(given):
+            inside = set(module.modules())
+            compiled = _Compiled({name for name in self._of if self._model.get_submodule(name) in inside})
+            self._belonging |= compiled.inside
+            handles += around_calls(module, partial(self._enter_compiled, compiled), self._leave_compiled)
         return handles
 
     def begin(self, *, whole: bool) -> None:
         """Begin a batch. With ``whole`` nothing is frozen, unless the model itself is called."""
-        self._open, self.whole, self._inside = True, whole, {}
+        self._open, self.whole, self._inside, self._frozen = True, whole, {}, []
         self._called = False
-        self.traced, self._eager = set(), set()
-        hidden = self._ids_of(self._in_graphs)
+        self._traced, self._eager, self._adrift, self._awaited = set(), set(), set(), set()
+        self._strays = self._in_graphs - self._belonging
+        hidden = self._ids_of(self._in_graphs & self._ever_adrift)
         self._watched = {id(p) for p in self._all} - hidden if hidden else {id(p) for p in self._all}
         for parameter in self._all:
             if id(parameter) in self._watched:
@@ -145,27 +169,32 @@ class FrozenInCalls:
         """End the batch: everything is frozen."""
         if self._open:
             self._open = self.whole = False
-            self._in_graphs = (self._in_graphs | self.traced) - (self._eager - self.traced)
+            self._frozen = []
+            traced = self._traced | self._adrift
+            self._in_graphs = (self._in_graphs | self._awaited | traced) - (self._eager - traced)
+            self._ever_adrift |= self._adrift
             for parameter in self._all:
                 parameter.requires_grad_(False)
 
     @property
     def changed(self) -> bool:
         """Whether modules ran in compiled graphs that did not before, or the other way round."""
-        return bool(self.traced - self._in_graphs or self._eager & self._in_graphs)
+        new = (self._traced | self._adrift | self._awaited) - self._in_graphs
+        return bool(new or self._eager & self._in_graphs)
 
     @property
     def compiled(self) -> bool:
         """Whether modules ran, or should have run, in compiled graphs."""
-        return bool(self.traced or self._in_graphs)
+        return bool(self._traced or self._adrift or self._awaited or self._in_graphs)
 
     def hidden(self, losses: Tensor) -> list[Tensor]:
         """The parameters that the ``losses`` use outside calls of their modules; of modules that ran in compiled
-        graphs nothing is said.
+        graphs nothing is said where they were not frozen in them.
         """
         if self.whole or not self._open:
             return []  # a comparison with autograd shows them
-        watched = self._watched - self._ids_of(self.traced) if self.traced else self._watched
+        not_frozen = (self._traced - self._in_graphs - self._awaited) | self._adrift
+        watched = self._watched - self._ids_of(not_frozen) if not_frozen else self._watched
         return list({id(tensor): tensor for tensor, _ in uses_in(losses) if id(tensor) in watched}.values())
 
     def _ids_of(self, names: Iterable[str]) -> set[int]:
@@ -175,40 +204,63 @@ class FrozenInCalls:
         if module is self._model and not self.never_alone and not self._called:
             self.whole = False
 
+    def _enter_compiled(self, compiled: _Compiled) -> None:
+        """Also with ``whole``: the call of the model that makes an end of it may be in the graph."""
+        self._within += 1
+        if not self._open:
+            return
+        if not compiled.called:
+            compiled.called = True
+            self._awaited |= compiled.inside
+        names = (compiled.inside & (self._in_graphs | self._awaited)) | self._strays
+        parameters = [p for name in names for p in self._of[name]]
+        self._frozen.append(parameters)
+        self._freeze(parameters)
+
+    def _leave_compiled(self) -> None:
+        self._within -= 1
+        if self._frozen:
+            self._thaw(self._frozen.pop())
+
+    def _freeze(self, parameters: Iterable[nn.Parameter]) -> None:
+        inside = self._inside
+        for parameter in parameters:
+            key = id(parameter)
+            if key in self._watched:
+                inside[key] = inside.get(key, 0) + 1
+                parameter.requires_grad_(False)
+
+    def _thaw(self, parameters: Iterable[nn.Parameter]) -> None:
+        inside = self._inside
+        for parameter in parameters:
+            key = id(parameter)
+            if key in self._watched:
+                inside[key] = inside.get(key, 1) - 1
+                if not inside[key]:
+                    parameter.requires_grad_(True)
+
     def _hooks(self, name: str, parameters: Sequence[nn.Parameter]) -> tuple[Any, Any]:
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
             self._called = True
             if torch.compiler.is_dynamo_compiling():
-                self.traced.add(name)
+                (self._traced if self._within else self._adrift).add(name)
                 return
             self._eager.add(name)
-            if not self._open or self.whole:
-                return
-            inside = self._inside
-            for parameter in parameters:
-                key = id(parameter)
-                if key in self._watched:
-                    inside[key] = inside.get(key, 0) + 1
-                    parameter.requires_grad_(False)
+            if self._open and not self.whole:
+                self._freeze(parameters)
 
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if torch.compiler.is_dynamo_compiling() or not self._open or self.whole:
-                return
-            inside = self._inside
-            for parameter in parameters:
-                key = id(parameter)
-                if key in self._watched:
-                    inside[key] = inside.get(key, 1) - 1
-                    if not inside[key]:
-                        parameter.requires_grad_(True)
+            if not torch.compiler.is_dynamo_compiling() and self._open and not self.whole:
+                self._thaw(parameters)
 
         return enter, leave
 
 
-def _compiled_among(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """The modules of ``names`` that stand in a module that was compiled."""
-    compiled = [f"{name}." if name else "" for name, module in model.named_modules() if is_compiled_itself(module)]
-    return {name for name in names if f"{name}.".startswith(tuple(compiled))}
+class _Compiled:
+    """A compiled module: the names of the modules inside, and whether it was called in a batch."""
+
+    def __init__(self, inside: set[str]) -> None:
+        self.inside, self.called = inside, False
 
 
 class CallWindows:

@@ -222,3 +222,69 @@ def test_a_loop_that_calls_compiled_parts(*, scored: bool) -> None:
         model.blocks[0].on = False  # type: ignore[assignment]
         found = collected(vectors, run, X)
     assert relative_error(found, exact_vectors(model, vectors, X)) < 1e-5
+
+
+def wrapped(model: Any, backend: str) -> tuple[Any, Any]:
+    """Every block inside the wrapper of ``torch.compile``, which takes its place."""
+    model.blocks = nn.ModuleList([torch.compile(block, backend=backend) for block in model.blocks])
+    return model, model
+
+
+class Beside(Net):
+    """Uses the weight of a compiled block outside of it for batches whose first number is positive."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if not torch.compiler.is_compiling() and float(x.detach().flatten()[0]) > 0:
+            block = self.blocks[0]
+            y = y + F.linear(x, getattr(block, "_orig_mod", block).up.weight).sum(-1, keepdim=True)
+        return y
+
+
+@pytest.mark.parametrize("way", [LAYERS, wrapped])
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_part_that_is_not_compiled_uses_a_weight_of_a_graph(way: Way, *, trusted: bool) -> None:
+    """No new graph is made for it. The block lost the share of that use without a word."""
+    torch.manual_seed(0)
+    model = Beside().eval()
+    given, run = way(model, "aot_eager")
+    without, used = -X.abs(), X.abs()
+    with GradProjLoraEngine(given, ALL, check=not trusted, find_uses=True) as engine:
+        vectors = collected(engine, run, without)
+        for _ in range(3):  # the first two are checked, which makes other graphs
+            assert torch.equal(collected(engine, run, without), vectors)
+        made_once = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        with pytest.raises(CaptureError, match=rf"{SEEN_NOWHERE}.*blocks\.0\.(_orig_mod\.)?up"):
+            collected(engine, run, used)
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert torch.equal(collected(engine, run, without), vectors)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made_once
+    assert relative_error(vectors, exact_vectors(model, engine, without)) < 1e-5
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("way", [WHOLE, slow(IN_PLACE)])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_loop_uses_a_weight_of_a_graph(way: Way, when: str) -> None:
+    """Also in the first batch. Two engines leave the call of the model as it was, in whatever order they go."""
+    model = made()
+    given, run = way(model, "aot_eager")
+    call = model._compiled_call_impl
+    layer: Any = model.blocks[0].up
+
+    def beside(x: Tensor) -> Tensor:
+        y: Tensor = run(x + F.linear(x, layer.weight) if when == "before" else x)
+        return y + layer.weight.sum() if when == "after" else y
+
+    engine, other = (GradProjLoraEngine(given, ALL, check=False, find_uses=True) for _ in range(2))
+    engine.attach()
+    with pytest.raises(CaptureError, match=rf"{SEEN_NOWHERE}.*blocks\.0\.up"):
+        collected(engine, beside, X)
+    vectors = collected(engine, run, X)
+    with pytest.raises(CaptureError, match=rf"{SEEN_NOWHERE}.*blocks\.0\.up"):
+        collected(engine, beside, X)
+    other.attach()
+    engine.detach()
+    other.detach()
+    assert model._compiled_call_impl is call
+    assert relative_error(vectors, exact_vectors(model, engine, X)) < 1e-5
