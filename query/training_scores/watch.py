@@ -369,16 +369,25 @@ def _first(ranges: list[Steps], most: int | None) -> tuple[list[Steps], list[Ste
 
 def _age(run: Run) -> float | None:
     """Seconds since the last commit; None without any."""
-    paths = [journal.path for journal in run.journals.values()]
+    times: list[float] = []
+    for span, journal in run.journals.items():
+        path = journal.path
+        # In an object store a journal is a folder of its entries.
+        entries = path.iterdir() if isinstance(path, ObjectPath) and path.suffix == ".log" else [path]
+        # It is removed when its span is committed.
+        times += _modified(*entries) or _modified(commit_path(run.path, span))
     if run.spans:
-        paths.append(commit_path(run.path, run.spans[-1]))
+        times += _modified(commit_path(run.path, run.spans[-1]))
+    return max(0.0, time.time() - max(times)) if times else None
+
+
+def _modified(*paths: Path) -> list[float]:
+    """When those of ``paths`` that are there were written."""
     times = []
     for path in paths:
-        with suppress(FileNotFoundError):  # a journal is removed when its span is committed
-            # In an object store a journal is a folder of its entries.
-            entries = path.iterdir() if isinstance(path, ObjectPath) and path.suffix == ".log" else [path]
-            times += [entry.stat().st_mtime for entry in entries]
-    return max(0.0, time.time() - max(times)) if times else None
+        with suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime)
+    return times
 
 
 def writer_fields(run: Run, *, finished: bool) -> dict[str, Any]:

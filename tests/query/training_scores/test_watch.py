@@ -22,13 +22,28 @@ from ghoststore.cli.charts import histogram, line_chart, sparkline
 from ghoststore.cli.terminal import duration
 from ghoststore.cli.watch import render
 from ghoststore.errors import UsageError
-from ghoststore.store import RunWriter
+from ghoststore.store import RunWriter, Store
 from query.training_scores.frame import Frame
-from query.training_scores.watch import Watcher
+from query.training_scores.watch import Watcher, writer_fields
 from tests.support.score_runs import DOMAINS, GAP, LAYOUT, Reference, append, committed, make, row_table, values, whole
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
+
+
+def test_the_last_commit_of_a_run_that_was_opened_before_it(tmp_path: Path) -> None:
+    """Its journal is gone when it is looked at: the span that holds it now has an age."""
+    store = tmp_path / "store"
+    run = make(store, layout=replace(LAYOUT, span_steps=10, save_steps=5))
+    append(run, 0, 5)
+    opened = Store.open(store).run("run")
+    assert opened.journals
+    assert not opened.spans
+    append(run, 5, 10)
+    assert not any(journal.path.exists() for journal in opened.journals.values())
+    age = writer_fields(opened, finished=False)["commit_age"]
+    assert age is not None
+    assert age >= 0
 
 
 def timeless(frame: Frame) -> Frame:
