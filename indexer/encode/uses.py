@@ -127,8 +127,6 @@ class FrozenInCalls:
         """Modules that ran in graphs outside calls of compiled modules: in the open batch, and ever before."""
         self._belonging: set[str] = set()
         """Modules inside of compiled ones."""
-        self._strays: set[str] = set()
-        """Modules that ran in graphs, and stand in no compiled module."""
         self._frozen: list[list[nn.Parameter]] = []
         """For each open call of a compiled module, what is frozen for it."""
 
@@ -158,7 +156,6 @@ class FrozenInCalls:
         self._open, self.whole, self._inside, self._frozen = True, whole, {}, []
         self._called = False
         self._traced, self._eager, self._adrift, self._awaited = set(), set(), set(), set()
-        self._strays = self._in_graphs - self._belonging
         hidden = self._ids_of(self._in_graphs & self._ever_adrift)
         self._watched = {id(p) for p in self._all} - hidden if hidden else {id(p) for p in self._all}
         for parameter in self._all:
@@ -212,7 +209,8 @@ class FrozenInCalls:
         if not compiled.called:
             compiled.called = True
             self._awaited |= compiled.inside
-        names = (compiled.inside & (self._in_graphs | self._awaited)) | self._strays
+        strays = self._in_graphs - self._belonging  # they stand in no compiled module: any graph may run them
+        names = (compiled.inside & (self._in_graphs | self._awaited)) | strays
         parameters = [p for name in names for p in self._of[name]]
         self._frozen.append(parameters)
         self._freeze(parameters)

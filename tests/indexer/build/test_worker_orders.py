@@ -116,6 +116,7 @@ def test_the_model_is_loaded_while_another_begins(lab: Lab, tmp_path: Path, monk
         return load(*given, **named)
 
     monkeypatch.setattr(inputs, "load_model", loading)
+    monkeypatch.setattr("indexer.build.beginning._Folder.pause", property(lambda claim: pytest.fail("it only waits")))
     ghoststore.build(
         store=tmp_path / "store",
         checkpoint=lab.checkpoint,

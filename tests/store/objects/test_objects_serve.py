@@ -152,7 +152,8 @@ def test_a_training_that_is_watched(bucket: Bucket, remote: str, tmp_path: Path)
     frames: list[dict[str, Any]] = []
     with ghoststore.serve(store) as explorer:
         while "live" not in [run["name"] for run in got(explorer, "/api/runs")["runs"]]:
-            pass
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            assert state != "Z", "the training ended before its run began"
         with answered(explorer, "/api/runs/live/events") as answer:
             for name, frame in events(answer):
                 if name == "end":
