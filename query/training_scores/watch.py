@@ -373,7 +373,7 @@ def _age(run: Run) -> float | None:
     for span, journal in run.journals.items():
         path = journal.path
         # In an object store a journal is a folder of its entries.
-        entries = path.iterdir() if isinstance(path, ObjectPath) and path.suffix == ".log" else [path]
+        entries = (entry for _, entry in path.below()) if isinstance(path, ObjectPath) else [path]
         # It is removed when its span is committed.
         times += _modified(*entries) or _modified(commit_path(run.path, span))
     if run.spans:
