@@ -80,12 +80,9 @@ def newest_of(names: Sequence[str], store: Store) -> str:
         if isinstance(folder, ObjectPath):  # where the entries of a journal are objects, and folders have no times
             paths: list[Path] = [path for _, path in folder.below()]
         else:
-            paths = [folder, *folder.iterdir(), *folder.glob("*/*")] if folder.is_dir() else []
-        times = [0.0]
-        for path in paths:
-            with suppress(FileNotFoundError):  # a run that is at work replaces files
-                times.append(path.stat().st_mtime)
-        return any(writer.alive for writer in writers(folder)), max(times)
+            inside = _entries(folder)
+            paths = [folder, *inside, *(path for entry in inside for path in _entries(entry))]
+        return any(writer.alive for writer in writers(folder)), max(_modified(*paths), default=0.0)
 
     return names[0] if len(names) == 1 else max(names, key=age)
 
@@ -381,8 +378,16 @@ def _age(run: Run) -> float | None:
     return max(0.0, time.time() - max(times)) if times else None
 
 
+def _entries(folder: Path) -> list[Path]:
+    """What is in it; nothing if it is no folder, or gone: a run that is at work removes some."""
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def _modified(*paths: Path) -> list[float]:
-    """When those of ``paths`` that are there were written."""
+    """When those of ``paths`` that are there were written: a run that is at work replaces files."""
     times = []
     for path in paths:
         with suppress(FileNotFoundError):

@@ -7,7 +7,9 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +25,9 @@ from ghoststore.cli.terminal import duration
 from ghoststore.cli.watch import render
 from ghoststore.errors import UsageError
 from ghoststore.store import RunWriter, Store
+from ghoststore.store.base.writers import at_work
 from query.training_scores.frame import Frame
-from query.training_scores.watch import Watcher, writer_fields
+from query.training_scores.watch import Watcher, newest_of, writer_fields
 from tests.support.score_runs import DOMAINS, GAP, LAYOUT, Reference, append, committed, make, row_table, values, whole
 
 if TYPE_CHECKING:
@@ -44,6 +47,29 @@ def test_the_last_commit_of_a_run_that_was_opened_before_it(tmp_path: Path) -> N
     age = writer_fields(opened, finished=False)["commit_age"]
     assert age is not None
     assert age >= 0
+
+
+def test_the_newest_of_runs_one_of_which_is_at_work(tmp_path: Path) -> None:
+    """Folders come and go while they are looked at."""
+    store = tmp_path / "store"
+    for name in ("first", "run"):
+        make(store, name=name)
+    began, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        while not ended.is_set():
+            with at_work(store / "runs" / "run", "written"):
+                began.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        try:
+            assert began.wait(60)
+            names = {newest_of(["first", "run"], Store.open(store)) for _ in range(500)}
+        finally:
+            ended.set()
+        working.result()
+    assert names == {"run"}
 
 
 def timeless(frame: Frame) -> Frame:
