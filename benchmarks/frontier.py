@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -54,7 +55,7 @@ LIMIT = 270
 """Bytes of a layer and row that the default may have."""
 FEW = (0.1, 0.01)
 """Damping where calibration samples are few."""
-STORED = {("K-FAC", 0.1), ("EK-FAC", 0.1)}
+STORED = {"K-FAC, damping 0.1", "EK-FAC, damping 0.1"}
 """The metrics, learned from the fewer samples, whose gradients are projected and rounded."""
 SKETCHES: dict[str, tuple[int | None, dict[int, tuple[int, ...]]]] = {
     # How a block is projected: rank of the sides (None: none), then numbers of a sketch (0: none) and bits of each.
@@ -123,29 +124,37 @@ def evenly(rows_NOI: Tensor, count: int) -> Tensor:
     return rows_NOI[[place * len(rows_NOI) // count for place in range(min(count, len(rows_NOI)))]]
 
 
+def in_metrics(
+    rows_NOI: Tensor, val_VOI: Tensor, count: int, metrics: Mapping[str, Sequence[float]]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, rows, val samples): the gradients of one layer in each metric, learned from ``count`` rows, by damping."""
+    _, n_out, n_in = rows_NOI.shape
+    sample = evenly(rows_NOI, count)
+    factors = [torch.einsum(form, sample, sample).double() / len(sample) for form in ("noi,npi->op", "noi,noj->ij")]
+    (a, u_out), (b, u_in) = (torch.linalg.eigh(factor) for factor in factors)
+    a, b, u_out, u_in = (x.float() for x in (a.clamp_min(0), b.clamp_min(0), u_out, u_in))
+    turned, asked = (u_out.t() @ matrices @ u_in for matrices in (rows_NOI, val_VOI))
+    second = evenly(turned, count).square().mean(0)
+    size = float(factors[0].trace() / (n_out * n_in)) ** -0.5
+    for metric, dampings in metrics.items():
+        for damping in dampings:
+            weight = (second + damping * second.mean()).rsqrt()
+            if metric == "K-FAC":
+                outer = (b / b.mean() + damping).rsqrt()
+                weight = size * (a / a.mean() + damping).rsqrt()[:, None] * outer[None]
+            yield f"{metric}, damping {damping:g}", turned * weight, asked * weight
+
+
 def add_layer(sums: Sums, rows_NOI: Tensor, val_VOI: Tensor, seed: int) -> None:
     """All ways of one layer."""
-    _, n_out, n_in = rows_NOI.shape
     sums.add(("plain", "exact", 0, 32), val_VOI.flatten(1), rows_NOI.flatten(1))
     for count in CALIBRATION:
-        sample = evenly(rows_NOI, count)
-        factors = [torch.einsum(form, sample, sample).double() / len(sample) for form in ("noi,npi->op", "noi,noj->ij")]
-        (a, u_out), (b, u_in) = (torch.linalg.eigh(factor) for factor in factors)
-        a, b, u_out, u_in = (x.float() for x in (a.clamp_min(0), b.clamp_min(0), u_out, u_in))
-        turned, asked = (u_out.t() @ matrices @ u_in for matrices in (rows_NOI, val_VOI))
-        second = evenly(turned, count).square().mean(0)
-        size = float(factors[0].trace() / (n_out * n_in)) ** -0.5
-        for metric, dampings in DAMPING.items():
-            for damping in dampings if count == max(CALIBRATION) else FEW:
-                weight = (second + damping * second.mean()).rsqrt()
-                if metric == "K-FAC":
-                    outer = (b / b.mean() + damping).rsqrt()
-                    weight = size * (a / a.mean() + damping).rsqrt()[:, None] * outer[None]
-                name = f"{metric}, damping {damping:g}, of {count:,}"
-                x, y = turned * weight, asked * weight
-                sums.add((name, "exact", 0, 32), y.flatten(1), x.flatten(1))
-                if count == min(CALIBRATION) and (metric, damping) in STORED:
-                    add_stored(sums, name, x, y, seed)
+        metrics = {metric: dampings if count == max(CALIBRATION) else FEW for metric, dampings in DAMPING.items()}
+        for metric, x, y in in_metrics(rows_NOI, val_VOI, count, metrics):
+            name = f"{metric}, of {count:,}"
+            sums.add((name, "exact", 0, 32), y.flatten(1), x.flatten(1))
+            if count == min(CALIBRATION) and metric in STORED:
+                add_stored(sums, name, x, y, seed)
 
 
 def add_stored(sums: Sums, name: str, x_NOI: Tensor, y_VOI: Tensor, seed: int) -> None:

@@ -39,14 +39,16 @@ PART = "onebit (default)"
 TOP = 10
 SHARES = (0.02, 0.1, 0.3)
 """Candidates, as a share of the rows."""
-ALONE, EXACT = "the part alone (onebit)", "exact gradients, K-FAC"
+ALONE, EXACT = "the part alone (onebit)", "exact gradients, K-FAC, damping 0.1"
 CG = {"rerank_with": "cg"}
 WAYS: dict[str, dict[str, Any]] = {
-    EXACT: {},
+    EXACT: {"rerank_damping": 0.1},
+    "exact gradients, K-FAC, damping 0.01 (default)": {},
+    "exact gradients, K-FAC, damping 0.001": {"rerank_damping": 0.001},
     f"conjugate gradients, {STEPS} steps (default)": CG,
     f"conjugate gradients, {STEPS // 2} steps": {**CG, "cg_steps": STEPS // 2},
-    "EK-FAC, damping 0.1": {"rerank_with": "ekfac"},
-    "EK-FAC, damping 0.01": {"rerank_with": "ekfac", "rerank_damping": 0.01},
+    "EK-FAC, damping 0.1": {"rerank_with": "ekfac", "rerank_damping": 0.1},
+    "EK-FAC, damping 0.01 (default)": {"rerank_with": "ekfac"},
     f"conjugate gradients, {2 * STEPS} steps": {**CG, "cg_steps": 2 * STEPS},
 }
 """The second stages; what is not given is by default."""

@@ -235,8 +235,8 @@ class RerankOptions:
     )
     rerank_damping: float | None = option(
         None,
-        "Damping of `rerank_with` ekfac and cg, relative to the mean eigenvalue of a layer (default: ekfac as the "
-        "part, cg 0.1).",
+        "Damping of `rerank`, relative to the mean eigenvalue of a layer's factor (default: 0.01; cg: 0.1, relative to "
+        "that of a layer).",
         "Advanced",
     )
     cg_steps: int | None = option(

@@ -51,6 +51,12 @@ class MomentFactor:
         scaled = rows * outer + ((rows @ vectors.t()) * (inner.to(rows.device) - outer)) @ vectors
         return torch.as_tensor(scaled.to(rows_RN.dtype))
 
+    def count(self, damping: float) -> float:
+        """How many directions are left: the trace of (F / mean) · (F / mean + damping)⁻¹."""
+        m, n = self.vectors.shape
+        values, rest = self.values.double() / self.mean, self.rest / self.mean
+        return float((values / (values + damping)).sum()) + (n - m) * rest / (rest + damping)
+
     def trace_with(self, rows_RN: Tensor) -> float:
         """The trace of ``rows`` F ``rows``ᵀ."""
         rows = rows_RN.double().cpu()
@@ -115,6 +121,12 @@ class KroneckerPreconditioner:
         size = f_out.mean * f_out.vectors.shape[1]
         energy = f_in.trace_with(side_in) * f_out.trace_with(side_out) / size
         return energy / (len(side_in) * len(side_out))
+
+    def directions(self) -> float:
+        """The mean squared length of a gradient of all layers in the metric, if H is what its factors say: how many
+        directions it has, those that damping takes for noise left out.
+        """
+        return sum(f_in.count(self.damping) * f_out.count(self.damping) for f_in, f_out in self.factors.values())
 
     def matrix(self, name: str, g_OI: Tensor) -> Tensor:
         """(O, I): the gradient matrix ``g_OI`` in the metric. Inner products of two such matrices are the scores."""

@@ -86,11 +86,13 @@ def scales_of(part: Part, plan: ProjectionPlan) -> dict[str, SideScales] | None:
         raise MismatchError(f"part {part.name!r}: its scales are not of these layers: {error}") from error
 
 
-def metric_of(part: Part, plan: ProjectionPlan) -> Callable[[Block, Tensor], Tensor] | None:
+def metric_of(
+    part: Part, plan: ProjectionPlan, damping: float | None = None
+) -> Callable[[Block, Tensor], Tensor] | None:
     """A function from the gradient matrix (n_out, n_in) of a block to the matrix in the metric of ``part``, which its
     vectors are projections of; None if they are projections of the gradient itself.
 
-    ``plan`` is that of the part, with what its build learned.
+    ``plan`` is that of the part, with what its build learned. ``damping`` of Kronecker factors replaces the part's.
     """
     scales = scales_of(part, plan)
     if scales is not None:
@@ -101,7 +103,10 @@ def metric_of(part: Part, plan: ProjectionPlan) -> Callable[[Block, Tensor], Ten
 
         return scaled
     learned = None if plan.calibration is None else plan.calibration.preconditioner
-    return None if learned is None else lambda block, g_OI: learned.matrix(block.name, g_OI)
+    if learned is None:
+        return None
+    damped = learned if damping is None else replace(learned, damping=damping)
+    return lambda block, g_OI: damped.matrix(block.name, g_OI)
 
 
 def calibrated_as(part: Part, plan: ProjectionPlan) -> ProjectionPlan:

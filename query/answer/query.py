@@ -83,7 +83,8 @@ def query(options: QueryOptions) -> QueryResult:
     ``rerank`` is a number of candidates: so many of the best (and of the worst) rows by the stored vectors are ranked
     anew, as ``rerank_with`` says. With ``ekfac`` the eigenvalues of the part's metric are measured on
     ``rerank_samples`` rows of the corpus; with ``cg`` the Gauss-Newton matrix of so many rows takes its place, damped
-    by ``rerank_damping`` times its mean eigenvalue in each layer.
+    by ``rerank_damping`` times its mean eigenvalue in each layer. Of ``exact`` and ``ekfac`` it is that of K-FAC's
+    factors, less than a part's by default: whole gradients predict better with less.
 
     ``tokens`` computes the gradients of the rows shown again, and says what each token adds to a row's similarity: its
     ``tokens``, each with its place in the text, sum to ``recomputed``, of which the similarity of the stored vector is
@@ -197,7 +198,9 @@ def _answer(
             settings = {**settings, "index": "exact"}
         explained = explain(scorer, rankings, progress) if "tokens" in settings else None
         hits = hits_of(scorer.part, rankings, text, progress, scorer.blend or scorer.hybrid, question.data, explained)
-        unit = unit_of(question, parts, rounded=how.rerank is None) if how.in_metric else None
+        encoder = scorer.encoder
+        more = 1.0 if how.rerank is None or encoder is None else how.directions(encoder.part, encoder.plan)
+        unit = unit_of(question, parts, rounded=how.rerank is None, directions=more) if how.in_metric else None
         settings = {"unit": None if unit is None else unit.to_json(), **settings}
         result = QueryResult(
             store=str(question.store),

@@ -63,6 +63,11 @@ def refuse_part(how: Reranking, parts: Sequence[Part], metric: Metric) -> None:
             f"`rerank_with=ekfac` measures the eigenvalues of K-FAC's factors, and part {part.name!r} has none: give "
             "`rerank_with=exact`, or query a part that was built with `precondition=kronecker`"
         )
+    if how.rerank_damping is not None and how.damping(part) is None:
+        raise UsageError(
+            f"`rerank_damping` is of K-FAC's factors, and part {part.name!r} has none: leave it out, or query a part "
+            "that was built with `precondition=kronecker`"
+        )
     if how.rerank_with == "cg" and part.manifest["dtype"]["model"] == "float16":
         raise UsageError(
             f"`rerank_with=cg` needs a model of float32 or bfloat16, and that of part {part.name!r} is float16: give "

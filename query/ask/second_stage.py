@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from ghoststore.settings.question import RerankOptions
 from ghoststore.store import Part
 from indexer.encode.tokens import Row
 from indexer.projection.blocks import Block
+from indexer.projection.plan import ProjectionPlan
 from indexer.projection.stored import metric_of
 from query.ask.encoder import ROWS_AT_ONCE, PartEncoder, ValVectors
 from query.ask.scorer import Scorer
@@ -41,6 +42,8 @@ COPIES = {"exact": 2, "ekfac": 2, "cg": 7}
 SAMPLES = {"ekfac": 256, "cg": 128}
 DAMPING, STEPS = 0.1, 8
 """Of conjugate gradients: `benchmarks/rerank.py`."""
+LITTLE = 0.01
+"""Damping of whole gradients, which predict better with less than stored vectors need: `benchmarks/by_domain.py`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +58,20 @@ class Reranking(RerankOptions):
         if self.rerank is None and self.rerank_with != "exact":
             raise UsageError(f"`rerank_with={self.rerank_with}` belongs to `rerank`, the number of rows: give it, too")
         learns = self.rerank is not None and self.rerank_with in ("ekfac", "cg")
+        damps = self.rerank is not None and self.rerank_with != "vectors"
         for name, value, fits in (
             ("rerank_samples", self.rerank_samples, learns),
-            ("rerank_damping", self.rerank_damping, learns),
+            ("rerank_damping", self.rerank_damping, damps),
             ("cg_steps", self.cg_steps, learns and self.rerank_with == "cg"),
         ):
             if value is not None and not fits:
                 ways = "`rerank_with=cg`" if name == "cg_steps" else "`rerank_with=ekfac` and `rerank_with=cg`"
+                ways = "whole gradients, not with `rerank_with=vectors`" if name == "rerank_damping" else ways
                 raise UsageError(f"`{name}` belongs to `rerank` with {ways}")
 
     @property
     def in_metric(self) -> bool:
-        """Whether scores are in the metric of the part, and not in one that is measured anew."""
+        """Whether scores are in the metric of the part, whatever its damping, and not in one that is measured anew."""
         return self.rerank is None or self.rerank_with not in ("ekfac", "cg")
 
     def samples(self, part: Part) -> int:
@@ -79,11 +84,21 @@ class Reranking(RerankOptions):
         """Steps of conjugate gradients."""
         return STEPS if self.cg_steps is None else self.cg_steps
 
-    def damping(self, part: Part) -> float:
-        """The damping: for EK-FAC, by default, that of the part's metric."""
+    def damping(self, part: Part) -> float | None:
+        """The damping; None where there is none: for vectors, and for whole gradients without Kronecker factors."""
+        own = part.manifest["projection"]["damping"]
+        if self.rerank is None or self.rerank_with == "vectors" or (self.rerank_with == "exact" and own is None):
+            return None
         if self.rerank_damping is not None:
             return self.rerank_damping
-        return DAMPING if self.rerank_with == "cg" else float(part.manifest["projection"]["damping"])
+        return DAMPING if self.rerank_with == "cg" else min(LITTLE, float(own))
+
+    def directions(self, part: Part, plan: ProjectionPlan) -> float:
+        """How many directions the metric of the second stage has, ÷ those of the part's."""
+        learned, damping = None if plan.calibration is None else plan.calibration.preconditioner, self.damping(part)
+        if learned is None or damping is None:
+            return 1.0
+        return replace(learned, damping=damping).directions() / learned.directions()
 
     def settings(self, part: Part) -> dict[str, Any]:
         """What the settings of a result say about the second stage."""
@@ -91,7 +106,9 @@ class Reranking(RerankOptions):
             return {"rerank": None}
         settings: dict[str, Any] = {"rerank": self.rerank, "rerank_with": self.rerank_with}
         if self.rerank_with in ("ekfac", "cg"):
-            settings |= {"rerank_samples": self.samples(part), "rerank_damping": self.damping(part)}
+            settings["rerank_samples"] = self.samples(part)
+        if (damping := self.damping(part)) is not None:
+            settings["rerank_damping"] = damping
         return settings | ({"cg_steps": self.steps} if self.rerank_with == "cg" else {})
 
 
@@ -176,12 +193,14 @@ class _Stage:
         return np.asarray(scores_QU.where(scores_QU.isfinite(), torch.nan).numpy())
 
     def _half(self) -> Half:
+        damping = self.how.damping(self.encoder.part)
         if self.how.rerank_with != "ekfac":
-            return metric_of(self.encoder.part, self.encoder.plan) or (lambda block, g_OI: g_OI)
+            of_exact = None if self.how.rerank_with == "cg" else damping
+            return metric_of(self.encoder.part, self.encoder.plan, of_exact) or (lambda block, g_OI: g_OI)
         calibration = self.encoder.plan.calibration
         assert calibration is not None
         assert calibration.preconditioner is not None
-        damping = self.how.damping(self.encoder.part)
+        assert damping is not None
         rows = self._corpus_sample()
         with self.layers, closing(self.progress.task("measuring eigenvalues", len(rows))) as task:
             return eigen_corrected(self.passes, calibration.preconditioner, rows, damping, task)
@@ -210,7 +229,9 @@ class _Stage:
         with closing(self.progress.task("conjugate gradients", (self.how.steps + 1) * len(rows))) as task:
             with self.layers:
                 means = mean_eigenvalues(self.passes, rows, task)
-            damping = [self.how.damping(self.encoder.part) * mean for mean in means]
+            relative = self.how.damping(self.encoder.part)
+            assert relative is not None
+            damping = [relative * mean for mean in means]
 
             def times(vectors: Blocks) -> Blocks:
                 return newton.times(vectors, task)

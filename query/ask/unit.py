@@ -55,9 +55,9 @@ class Unit:
     """Of other parts: whose step."""
 
     @classmethod
-    def of(cls, part: Part, *, rounded: bool = True) -> Unit | None:
+    def of(cls, part: Part, *, rounded: bool = True, directions: float = 1.0) -> Unit | None:
         """That of the products with stored vectors, or with vectors before they were rounded; None without a usable
-        row.
+        row. The metric of the products has ``directions`` times those of the part's.
         """
         one_bit = ONE_BIT if part.layout.dtype == "onebit" else 1.0
         gain = one_bit if rounded else 1.0
@@ -80,7 +80,8 @@ class Unit:
         share = float(np.concatenate(usable).mean()) if spans else 0.0
         if not share:
             return None
-        rows, directions = round(part.planned_rows * share), one_bit * float(np.concatenate(squares).mean())
+        rows = round(part.planned_rows * share)
+        directions *= one_bit * float(np.concatenate(squares).mean())
         targets = np.maximum(np.concatenate(tokens).astype(np.float64) - 1, 1)  # the first token is no target
         of_row = 1.0 if part.manifest["loss"]["reduction"] == "sum" else 1 / float((1 / targets).mean())
         factor = gain / (of_row * (rows + directions))
@@ -93,12 +94,14 @@ class Unit:
         return {"name": self.name, "factor": self.factor, "rounding": self.rounding, **about}
 
 
-def unit_of(question: Question, parts: Sequence[Part], *, rounded: bool = True) -> Unit | None:
+def unit_of(question: Question, parts: Sequence[Part], *, rounded: bool = True, directions: float = 1.0) -> Unit | None:
     """The unit of the products that answer ``question``: of its scores, or of what these are blended from. None where
     they have none: by cosine, over several parts, with a second preconditioner, and by ``rank-fusion``.
     """
     products = metric_for(question.metric, parts) == "dot" and len(parts) == 1 and question.precondition == "none"
-    return Unit.of(parts[0], rounded=rounded) if products and question.combine != "rank-fusion" else None
+    if not products or question.combine == "rank-fusion":
+        return None
+    return Unit.of(parts[0], rounded=rounded, directions=directions)
 
 
 def unit_words(settings: Mapping[str, Any]) -> str:
@@ -128,6 +131,8 @@ def metric_words(settings: Mapping[str, Any]) -> str:
     way = settings.get("rerank_with")
     if way == "ekfac":
         words += f", their eigenvalues measured on {settings['rerank_samples']:,} rows"
+    if way == "exact" and "rerank_damping" in settings:
+        words += f", with damping {settings['rerank_damping']:g}"
     if way == "cg":
         steps = settings["cg_steps"]
         words = (

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from tests.conftest import Lab
 
 ROWS, EMPTY = 24, 5
+OF_PART, OF_STAGE = 0.1, 0.01
+"""The damping of a part, and of whole gradients, by default."""
 GROUPS = ("b", "a", "b", "a")
 PARTS: dict[str, dict[str, Any]] = {
     "kfac": {},
@@ -124,8 +126,10 @@ def test_scores_of_all_rows(
     monkeypatch.setattr("query.ask.second_stage.MEMORY", 1)
     monkeypatch.setattr("query.ask.second_stage.ROWS_AT_ONCE", 7)
     notes = Notes()
-    result = ask(folder, part, notes, metric=metric, **settings)
+    damped = {} if part == "plain" else {"rerank_damping": OF_PART}
+    result = ask(folder, part, notes, metric=metric, **settings, **damped)
     assert result.settings["rerank_with"] == "exact"
+    assert result.settings.get("rerank_damping") == damped.get("rerank_damping")
     wanted = expected(folder, part, metric, settings)
     assert len(result.results) == len(wanted)
     (cost,) = (note for note in notes.said if note.startswith("second stage: "))
@@ -165,6 +169,57 @@ def adam(lab: Lab, folder: Path) -> dict[str, torch.Tensor]:
         device="cpu",
     )
     return {name: optimizer.state[p]["exp_avg_sq"].double() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+def test_with_less_damping_than_the_part(folder: Path, metric: str) -> None:
+    """By default: each row alone by autograd, times the inverse of the factors with that damping, all dense, float64.
+    In nats the metric has more directions.
+    """
+    part = Store.open(folder / "store").part("kfac")
+    encoder = PartEncoder(part, device="cpu")
+    with open_corpus(str(folder / "val.jsonl"), Fields()) as corpus:
+        vals = [row for row in encoder.rows(corpus.samples()) if row.status.usable]
+    rows = encoder.source_rows(part.row_numbers[part.usable()])
+    everything = [(row.tokens.tolist(), row.first_target) for row in [*vals, *rows]]
+    model = encoder.model.double()
+    gradients = gradients_alone(model, len(everything), lambda model, place: loss_of(model, *everything[place]))
+    gram = torch.zeros(len(everything), len(everything), dtype=torch.float64)
+    assert encoder.plan.calibration is not None
+    learned = encoder.plan.calibration.preconditioner
+    assert learned is not None
+    directions = dict.fromkeys((OF_PART, OF_STAGE), 0.0)
+    for name, factors in learned.factors.items():
+        whole = [(f.vectors.double().t() * (f.values.double() - f.rest)) @ f.vectors.double() for f in factors]
+        whole = [f_NN + f.rest * torch.eye(len(f_NN)) for f_NN, f in zip(whole, factors, strict=True)]
+        means = [float(f_NN.diagonal().mean()) for f_NN in whole]
+        relative = [f_NN / mean for f_NN, mean in zip(whole, means, strict=True)]
+        in_II, out_OO = (torch.linalg.inv(f_NN + OF_STAGE * torch.eye(len(f_NN))) for f_NN in relative)
+        matrices = torch.stack([gradient_matrix(model, name, gradient) for gradient in gradients])
+        in_metric = out_OO @ matrices @ in_II * (len(in_II) / means[1])
+        gram += in_metric.flatten(1) @ matrices.flatten(1).t()
+        for damping in directions:
+            inverses = [torch.linalg.inv(f_NN + damping * torch.eye(len(f_NN))) for f_NN in relative]
+            traces = [float((f_NN @ inv_NN).trace()) for f_NN, inv_NN in zip(relative, inverses, strict=True)]
+            directions[damping] += traces[0] * traces[1]
+    scores = gram[: len(vals), len(vals) :]
+    if metric == "cosine":
+        lengths = gram.diagonal().sqrt()
+        scores = scores / lengths[: len(vals), None] / lengths[None, len(vals) :]
+    answer = ask(folder, metric=metric, each=True)
+    assert answer.settings["rerank_damping"] == OF_STAGE
+    for ranking, wanted in zip(answer.results, scores.numpy(), strict=True):
+        found = by_row(ranking.hits)
+        order = sorted(found)
+        np.testing.assert_allclose([found[row] for row in order], wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+    assert metric_words(answer.settings).endswith("learned at build, with damping 0.01")
+    if metric == "dot":
+        of_part = ask(folder, metric=metric, each=True, rerank_damping=OF_PART).settings["unit"]["directions"]
+        ratio = answer.settings["unit"]["directions"] / of_part
+        assert ratio == pytest.approx(directions[OF_STAGE] / directions[OF_PART], rel=1e-5)
+        assert ratio > 1.5
+        hit = answer.results[0].hits[0]
+        assert hit.nats == pytest.approx(hit.score * answer.settings["unit"]["factor"])
 
 
 @pytest.mark.parametrize("metric", ["dot", "cosine"])
@@ -208,7 +263,7 @@ def test_a_few_candidates(folder: Path) -> None:
 
 def test_conjugate_gradients_begin_in_the_metric(folder: Path) -> None:
     """The first step goes in the direction of the part's metric; later ones elsewhere."""
-    exact = ask(folder, each=True)
+    exact = ask(folder, each=True, rerank_damping=OF_PART)
     notes = Notes()
     first, third = (
         ask(folder, each=True, progress=notes, rerank_with="cg", cg_steps=steps, rerank_samples=6) for steps in (1, 3)
@@ -239,7 +294,7 @@ def test_no_more_rows_than_there_are(folder: Path) -> None:
 def test_measured_eigenvalues(folder: Path) -> None:
     """Another order than K-FAC's, near it; cosines of rows with themselves are below or at 1."""
     exact, measured = (ask(folder, each=True, metric="cosine", rerank_with=way) for way in ("exact", "ekfac"))
-    assert measured.settings["rerank_damping"] == 0.1
+    assert measured.settings["rerank_damping"] == OF_STAGE
     for ranking, other in zip(exact.results, measured.results, strict=True):
         scores, moved = by_row(ranking.hits), by_row(other.hits)
         a, b = (np.array([of[row] for row in scores]) for of in (scores, moved))
@@ -261,6 +316,8 @@ def test_measured_eigenvalues(folder: Path) -> None:
         ("kfac", {"rerank_with": "ekfac", "cg_steps": 4}, "`cg_steps` belongs to `rerank` with `rerank_with=cg`"),
         ("kfac", {"rerank_samples": 4}, "`rerank_samples` belongs to `rerank` with `rerank_with=ekfac`"),
         ("kfac", {"rerank_with": "cg", "rerank_damping": 0.0}, "`rerank_damping` must be more than 0"),
+        ("plain", {"rerank_damping": 0.1}, "is of K-FAC's factors, and part 'plain' has none: leave it out"),
+        ("kfac", {"rerank_with": "vectors", "rerank_damping": 0.1}, "belongs to `rerank` with whole gradients"),
         ("kfac", {"rerank_with": "cg", "cg_steps": 0}, "`cg_steps` must be at least 1"),
         ("plain", {"precondition": "second-moment"}, "built with `precondition=kronecker`"),
     ],

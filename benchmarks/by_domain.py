@@ -1,0 +1,167 @@
+"""Does what predicts best depend on the val set? LDS by domain of the val rows: of the default part by damping and by
+the size of its blocks, of exact gradients by metric, of words, of both, and with each row's targets as its weight.
+
+On the trainings of ``benchmarks/frontier.py``, whose val set has domains here.
+
+Legend: V val samples, N samples of the corpus, D numbers, M halves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from common import Results, Table, machine_facts
+from frontier import LAYERS, MAX_LENGTH, Case, Judge, dense, in_metrics
+from hybrid import scores_of, texts_of
+from lds import shown
+from numpy.typing import NDArray
+from rerank import paired
+from transformers.utils.logging import disable_progress_bar
+
+import ghoststore
+from ghoststore import Corpus, ProjectionConfig, Store
+from ghoststore.checkpoint.load import find_checkpoint, load_model, load_tokenizer
+from ghoststore.progress import Silent
+from indexer.encode.tokens import Tokenizer, TokenSettings, rows_of
+from indexer.projection.matrices import Projection
+from query.ask.lexical import Hybrid, WordIndex
+from query.evaluate.tf_idf import TfIdf
+
+Scores = NDArray[np.float64]
+DEFAULT = "default"
+LITTLE = "damping 0.01"
+PARTS: dict[str, dict[str, Any]] = {
+    DEFAULT: {},
+    "damping 0.03": {"projection": ProjectionConfig(damping=0.03)},
+    LITTLE: {"projection": ProjectionConfig(damping=0.01)},
+    "damping 0.003": {"projection": ProjectionConfig(damping=0.003)},
+    "damping 0.001": {"projection": ProjectionConfig(damping=0.001)},
+    "blocks of 128 × 128": {"projection": ProjectionConfig(rank_total=128 * 128)},
+    "blocks of 128 × 128, damping 0.01": {"projection": ProjectionConfig(rank_total=128 * 128, damping=0.01)},
+    "loss a sum": {"loss_reduction": "sum"},
+}
+METRICS = dict.fromkeys(("K-FAC", "EK-FAC"), (0.1, 0.01, 0.001))
+SAMPLES = 256
+"""That the metric of exact gradients is learned from, as that of a part is."""
+WEIGHTS = (0.1, 0.2, 0.3)
+"""Of words."""
+
+
+def built(case: Case, label: str) -> Any:
+    name = "".join(letter if letter.isalnum() else "-" for letter in f"by-domain-{label}")
+    ghoststore.build(
+        checkpoint=case.checkpoint, data=case.data, store=case.folder / "parts-store", name=name,
+        max_length=MAX_LENGTH, device="cpu", progress=Silent(), **PARTS[label],
+    )  # fmt: skip
+    return Store.open(case.folder / "parts-store").part(name)
+
+
+def of_parts(case: Case) -> Iterator[tuple[str, Scores]]:
+    """Each part's, and those of words beside two of them."""
+    index, val = WordIndex(texts_of(case.data)), texts_of(case.val_set)
+    words_VN = np.stack([index.scores(text) for text in val])
+    for label in PARTS:
+        part = built(case, label)
+        scores = scores_of(part, case.val_set)
+        yield label, scores["dot"]
+        if label in (DEFAULT, LITTLE):
+            yield f"{label}, cosine", scores["cosine"]
+            targets_N = np.maximum(part.read("n_tokens", 0, part.layout.rows).astype(np.float64) - 1, 0)
+            for power, name in ((0.5, "the root of its targets"), (1.0, "its targets")):
+                yield f"{label}, a row times {name}", scores["dot"] * targets_N**power
+            for weight in WEIGHTS:
+                yield f"{label}, `--lexical {weight:g}`", Hybrid.of(scores["dot"], words_VN, weight).scores
+    yield "BM25", words_VN
+    words = TfIdf(texts_of(case.data))
+    yield "TF-IDF", (words.vectors(val) @ words.rows.T).astype(np.float64)
+
+
+def of_exact(case: Case) -> Iterator[tuple[str, Scores]]:
+    """Those of whole gradients of the default's layers, by metric."""
+    found = find_checkpoint(str(case.checkpoint))
+    model: Any = load_model(found, dtype="float32", device="cpu")
+    tokenizer, settings = Tokenizer(load_tokenizer(found.folder)), TokenSettings(max_length=MAX_LENGTH)
+    train, val = (
+        list(rows_of(Corpus.open(str(path)).samples(), tokenizer, settings)) for path in (case.data, case.val_set)
+    )
+    usable_N = np.array([row.status.usable for row in train])
+    targets_N = np.array([max(len(row.tokens) - 1, 0) for row in train], dtype=np.float64)
+    plan = Projection.for_model(model, ProjectionConfig(precondition="none", rank_total="full", layers=LAYERS)).plan
+    sums: dict[str, Scores] = {}
+    for layer in plan.layers:
+        of_layer = partial(dense, model, layer=layer.block.name)
+        rows_NOI, val_VOI = of_layer([row for row in train if row.status.usable]), of_layer(val)
+        for name, x_NOI, y_VOI in in_metrics(rows_NOI, val_VOI, SAMPLES, METRICS):
+            scores = np.zeros((len(val), len(train)))
+            scores[:, usable_N] = (y_VOI.flatten(1) @ x_NOI.flatten(1).t()).numpy()
+            sums[name] = sums.get(name, 0) + scores
+    for name, scores in sums.items():
+        yield f"exact, {name}", scores
+        yield f"exact, {name}, a row times its targets", scores * targets_N
+
+
+def domains_of(case: Case) -> dict[str, NDArray[np.int64]]:
+    """The places of the val rows of each domain, all of them first; where each row is a group, by ``of``."""
+    rows = [json.loads(line) for line in case.val_set.read_text().splitlines()]
+    domains = [row.get("of") or row.get("domain") for row in rows]
+    every = {"all": np.arange(len(domains))}
+    return every | {
+        str(name): np.array([place for place, domain in enumerate(domains) if domain == name])
+        for name in sorted({name for name in domains if name})
+    }
+
+
+@click.command()
+@click.option("--name", default="demo", show_default=True, help="Of the results.")
+@click.option("--work", type=click.Path(exists=True, path_type=Path), required=True, help="Folder of the trainings.")
+@click.option("--halves", type=int, default=48, show_default=True, help="Trainings on random halves.")
+@click.option("--workers", type=int, default=2, show_default=True, help="Trainings at once.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results"), show_default=True)
+def main(name: str, work: Path, halves: int, workers: int, out: Path) -> None:
+    """Compare ways by domain of the val rows."""
+    disable_progress_bar()
+    torch.manual_seed(0)
+    case = Case(work, halves, workers)
+    case.prepare()
+    trainings = np.load(work / "halved.npz")
+    kept_MN, losses_VM = trainings["kept"], trainings["losses"]
+    domains, first = domains_of(case), None
+    values: list[dict[str, str]] = []
+    differences: list[dict[str, str]] = []
+    numbers: dict[str, dict[str, float]] = {}
+    for label, scores_VN in (*of_parts(case), *of_exact(case)):
+        first = scores_VN if first is None else first
+        of = {domain: Judge(kept_MN, losses_VM[rows]).of(scores_VN[rows]) for domain, rows in domains.items()}
+        less = {
+            domain: paired(scores_VN[rows], first[rows], kept_MN, losses_VM[rows]) for domain, rows in domains.items()
+        }
+        values.append({"way": label} | {domain: shown(value) for domain, value in of.items()})
+        if first is not scores_VN:
+            differences.append({"way": label} | {domain: shown(value) for domain, value in less.items()})
+        numbers[label] = {domain: value.value for domain, value in of.items()}
+    results = Results(
+        name=f"by-domain-{name}",
+        title="What predicts best, by domain of the val rows",
+        settings={
+            "corpus": name,
+            "samples": kept_MN.shape[1],
+            "val samples": {domain: len(rows) for domain, rows in domains.items()},
+            "halves": len(kept_MN),
+        },
+        facts=machine_facts(),
+    )
+    results.add(Table("LDS", values, "95 % intervals by resampling the trainings."), lds=numbers)
+    results.add(Table("LDS less that of the default", differences, "By resampling the trainings for both at once."))
+    out.mkdir(parents=True, exist_ok=True)
+    results.write(out)
+
+
+if __name__ == "__main__":
+    main()
