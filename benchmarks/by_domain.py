@@ -28,10 +28,14 @@ from transformers.utils.logging import disable_progress_bar
 import ghoststore
 from ghoststore import Corpus, ProjectionConfig, Store
 from ghoststore.checkpoint.load import find_checkpoint, load_model, load_tokenizer
+from ghoststore.corpus import Fields, open_corpus
 from ghoststore.progress import Silent
 from indexer.encode.tokens import Tokenizer, TokenSettings, rows_of
 from indexer.projection.matrices import Projection
 from query.ask.lexical import Hybrid, WordIndex
+from query.ask.question import Question
+from query.ask.scorer import open_scorer
+from query.ask.second_stage import Reranking, exact_scores
 from query.evaluate.tf_idf import TfIdf
 
 Scores = NDArray[np.float64]
@@ -48,6 +52,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "loss a sum": {"loss_reduction": "sum"},
 }
 METRICS = dict.fromkeys(("K-FAC", "EK-FAC"), (0.1, 0.01, 0.001))
+STAGES = (0.1, 0.01)
 SAMPLES = 256
 """That the metric of exact gradients is learned from, as that of a part is."""
 WEIGHTS = (0.1, 0.2, 0.3)
@@ -81,6 +86,20 @@ def of_parts(case: Case) -> Iterator[tuple[str, Scores]]:
     yield "BM25", words_VN
     words = TfIdf(texts_of(case.data))
     yield "TF-IDF", (words.vectors(val) @ words.rows.T).astype(np.float64)
+
+
+def of_second_stage(case: Case) -> Iterator[tuple[str, Scores]]:
+    """Those of ``query --rerank`` with every row as a candidate: the part's own factors."""
+    part = built(case, DEFAULT)
+    rows = part.row_numbers[part.usable()]
+    asked = Question(store=case.folder / "parts-store", val_set=case.val_set, part=part.name, each=True, device="cpu")
+    with open_corpus(str(case.val_set), Fields()) as val_set:
+        scorer = open_scorer(asked, [part], [1.0], val_set, Silent(), keep_model=True)
+        for damping in STAGES:
+            of_rows = exact_scores(scorer, Reranking(rerank=len(rows), rerank_damping=damping), rows, Silent())
+            scores = np.zeros((len(of_rows), part.layout.rows))
+            scores[:, rows] = of_rows
+            yield f"`--rerank` of all rows, damping {damping:g}", scores
 
 
 def of_exact(case: Case) -> Iterator[tuple[str, Scores]]:
@@ -136,7 +155,7 @@ def main(name: str, work: Path, halves: int, workers: int, out: Path) -> None:
     values: list[dict[str, str]] = []
     differences: list[dict[str, str]] = []
     numbers: dict[str, dict[str, float]] = {}
-    for label, scores_VN in (*of_parts(case), *of_exact(case)):
+    for label, scores_VN in (*of_parts(case), *of_second_stage(case), *of_exact(case)):
         first = scores_VN if first is None else first
         of = {domain: Judge(kept_MN, losses_VM[rows]).of(scores_VN[rows]) for domain, rows in domains.items()}
         less = {

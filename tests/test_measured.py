@@ -50,6 +50,10 @@ MEASURED_FACTS = (
     "4.3 kB a row of this model) # / #; 256 numbers of int8 # / #; 64 of float32 # / #; plain gradients of 256 numbers "
     "of int8 # / #; TF-IDF # / # |"
 )
+QUERY_DAMPING = (
+    "the default part # / # / #, `exact` with the part's damping of 0.1 # / # / #, **with 0.01, the default, "
+    "# / # / #**, with 0.001 # / # / #."
+)
 MEASURED_LDS = "TF-IDF | #, # / #, # / #, # / #, #; exact gradients in the default's metric #, #, plain #, # "
 PARTS, EXACT = "Parts as built", "Exact gradients"
 
@@ -81,6 +85,13 @@ def exact(results: str, metric: str, column: str = "dot") -> Cell:
     return results, EXACT, (metric,), column
 
 
+def by_domain(*ways: str, of: tuple[str, ...] = ("demo", "real", "lengths")) -> list[Cell]:
+    """Each way on each corpus."""
+    return [(f"by-domain-{corpus}", "LDS", (way,), "all") for way in ways for corpus in of]
+
+
+SECOND_STAGE = "exact, K-FAC, damping 0.01"
+OF_THE_PART = "exact, K-FAC, damping 0.1"
 PLAIN_FACTS = facts("plain blocks, 256 a layer, int8", "dot")
 WORDS_FACTS = facts("–", "TF-IDF")
 KFAC = "K-FAC, damping 0.1, of 256"
@@ -120,6 +131,11 @@ FIGURES = [
     several("docs/measured.md", MEASURED_LDS, *PARTS_OF_BOTH,
             exact(DEMO, "TF-IDF", "cosine"), exact(REAL, "TF-IDF", "cosine"),
             exact(DEMO, KFAC), exact(REAL, KFAC), exact(DEMO, "plain"), exact(REAL, "plain")),
+    several("docs/query.md", QUERY_DAMPING,
+            *by_domain("default", OF_THE_PART, SECOND_STAGE, "exact, K-FAC, damping 0.001")),
+    several("docs/measured.md", "400 val rows) | # / # / #; # / # / # ",
+            *(cell for corpus in ("demo", "real")
+              for cell in by_domain(SECOND_STAGE, OF_THE_PART, "default", of=(corpus,)))),
     several("docs/faq.md", "About # of the CPU time of plain forward and backward", (BUILD, "Time", D, OF_A_BUILD)),
     several("docs/faq.md", "its peak was # of plain forward and backward", (BUILD, "Peak", D, "÷ plain")),
     several("docs/faq.md", "a build of GPT-2 Small wrote # tokens a second, after # seconds of learning",
