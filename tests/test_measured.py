@@ -52,7 +52,7 @@ MEASURED_FACTS = (
 )
 QUERY_DAMPING = (
     "the default part # / # / #, `exact` with the part's damping of 0.1 # / # / #, **with 0.01, the default, "
-    "# / # / #**, with 0.001 # / # / #."
+    "# / # / #**. "
 )
 MEASURED_LDS = "TF-IDF | #, # / #, # / #, # / #, #; exact gradients in the default's metric #, #, plain #, # "
 PARTS, EXACT = "Parts as built", "Exact gradients"
@@ -90,8 +90,8 @@ def by_domain(*ways: str, of: tuple[str, ...] = ("demo", "real", "lengths")) -> 
     return [(f"by-domain-{corpus}", "LDS", (way,), "all") for way in ways for corpus in of]
 
 
-SECOND_STAGE = "exact, K-FAC, damping 0.01"
-OF_THE_PART = "exact, K-FAC, damping 0.1"
+SECOND_STAGE = "`--rerank` of all rows, damping 0.01"
+OF_THE_PART = "`--rerank` of all rows, damping 0.1"
 PLAIN_FACTS = facts("plain blocks, 256 a layer, int8", "dot")
 WORDS_FACTS = facts("–", "TF-IDF")
 KFAC = "K-FAC, damping 0.1, of 256"
@@ -132,7 +132,7 @@ FIGURES = [
             exact(DEMO, "TF-IDF", "cosine"), exact(REAL, "TF-IDF", "cosine"),
             exact(DEMO, KFAC), exact(REAL, KFAC), exact(DEMO, "plain"), exact(REAL, "plain")),
     several("docs/query.md", QUERY_DAMPING,
-            *by_domain("default", OF_THE_PART, SECOND_STAGE, "exact, K-FAC, damping 0.001")),
+            *by_domain("default", OF_THE_PART, SECOND_STAGE)),
     several("docs/measured.md", "400 val rows) | # / # / #; # / # / # ",
             *(cell for corpus in ("demo", "real")
               for cell in by_domain(SECOND_STAGE, OF_THE_PART, "default", of=(corpus,)))),
