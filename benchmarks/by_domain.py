@@ -18,20 +18,16 @@ import click
 import numpy as np
 import torch
 from common import Results, Table, machine_facts
-from frontier import LAYERS, MAX_LENGTH, Case, Judge, dense, in_metrics
+from frontier import Case, Judge, dense, in_metrics, loaded
 from hybrid import scores_of, texts_of
 from lds import shown
 from numpy.typing import NDArray
 from rerank import paired
 from transformers.utils.logging import disable_progress_bar
 
-import ghoststore
-from ghoststore import Corpus, ProjectionConfig, Store
-from ghoststore.checkpoint.load import find_checkpoint, load_model, load_tokenizer
+from ghoststore import ProjectionConfig
 from ghoststore.corpus import Fields, open_corpus
 from ghoststore.progress import Silent
-from indexer.encode.tokens import Tokenizer, TokenSettings, rows_of
-from indexer.projection.matrices import Projection
 from query.ask.lexical import Hybrid, WordIndex
 from query.ask.question import Question
 from query.ask.scorer import open_scorer
@@ -60,12 +56,7 @@ WEIGHTS = (0.1, 0.2, 0.3)
 
 
 def built(case: Case, label: str) -> Any:
-    name = "".join(letter if letter.isalnum() else "-" for letter in f"by-domain-{label}")
-    ghoststore.build(
-        checkpoint=case.checkpoint, data=case.data, store=case.folder / "parts-store", name=name,
-        max_length=MAX_LENGTH, device="cpu", progress=Silent(), **PARTS[label],
-    )  # fmt: skip
-    return Store.open(case.folder / "parts-store").part(name)
+    return case.built(f"by-domain-{label}", PARTS[label])
 
 
 def of_parts(case: Case) -> Iterator[tuple[str, Scores]]:
@@ -104,18 +95,12 @@ def of_second_stage(case: Case) -> Iterator[tuple[str, Scores]]:
 
 def of_exact(case: Case) -> Iterator[tuple[str, Scores]]:
     """Those of whole gradients of the default's layers, by metric."""
-    found = find_checkpoint(str(case.checkpoint))
-    model: Any = load_model(found, dtype="float32", device="cpu")
-    tokenizer, settings = Tokenizer(load_tokenizer(found.folder)), TokenSettings(max_length=MAX_LENGTH)
-    train, val = (
-        list(rows_of(Corpus.open(str(path)).samples(), tokenizer, settings)) for path in (case.data, case.val_set)
-    )
+    model, train, val, layers = loaded(case)
     usable_N = np.array([row.status.usable for row in train])
     targets_N = np.array([max(len(row.tokens) - 1, 0) for row in train], dtype=np.float64)
-    plan = Projection.for_model(model, ProjectionConfig(precondition="none", rank_total="full", layers=LAYERS)).plan
     sums: dict[str, Scores] = {}
-    for layer in plan.layers:
-        of_layer = partial(dense, model, layer=layer.block.name)
+    for layer in layers:
+        of_layer = partial(dense, model, layer=layer)
         rows_NOI, val_VOI = of_layer([row for row in train if row.status.usable]), of_layer(val)
         for name, x_NOI, y_VOI in in_metrics(rows_NOI, val_VOI, SAMPLES, METRICS):
             scores = np.zeros((len(val), len(train)))
@@ -178,7 +163,6 @@ def main(name: str, work: Path, halves: int, workers: int, out: Path) -> None:
     )
     results.add(Table("LDS", values, "95 % intervals by resampling the trainings."), lds=numbers)
     results.add(Table("LDS less that of the default", differences, "By resampling the trainings for both at once."))
-    out.mkdir(parents=True, exist_ok=True)
     results.write(out)
 
 

@@ -213,11 +213,12 @@ class Case:
         )
         np.savez(self.folder / "halved.npz", kept=np.stack([*kept.values()]), losses=np.stack([*losses.values()], 1))
 
-    def built(self, label: str) -> Any:
+    def built(self, label: str, settings: dict[str, Any] | None = None) -> Any:
+        """The part with these ``settings``, or those of ``label`` in BUILT; built if it is not there."""
         name = "".join(letter if letter.isalnum() else "-" for letter in label)
         ghoststore.build(
             checkpoint=self.checkpoint, data=self.data, store=self.folder / "parts-store", name=name,
-            max_length=MAX_LENGTH, device="cpu", progress=Silent(), **BUILT[label],
+            max_length=MAX_LENGTH, device="cpu", progress=Silent(), **(BUILT[label] if settings is None else settings),
         )  # fmt: skip
         return Store.open(self.folder / "parts-store").part(name)
 
@@ -233,8 +234,8 @@ def dense(model: Any, rows: list[Row], layer: str) -> Tensor:
     return gradients.view(len(rows), block.n_out, block.n_in)
 
 
-def all_ways(case: Case) -> tuple[Sums, NDArray[np.bool_], int]:
-    """(sums, which samples are usable, layers)."""
+def loaded(case: Case) -> tuple[Any, list[Row], list[Row], list[str]]:
+    """(model, rows of the corpus, val rows, names of the default's layers)."""
     found = find_checkpoint(str(case.checkpoint))
     model: Any = load_model(found, dtype="float32", device="cpu")
     tokenizer = Tokenizer(load_tokenizer(found.folder))
@@ -242,14 +243,20 @@ def all_ways(case: Case) -> tuple[Sums, NDArray[np.bool_], int]:
     train, val = (
         list(rows_of(Corpus.open(str(path)).samples(), tokenizer, settings)) for path in (case.data, case.val_set)
     )
-    usable = np.array([row.status.usable for row in train])
     plan = Projection.for_model(model, ProjectionConfig(precondition="none", rank_total="full", layers=LAYERS)).plan
+    return model, train, val, [layer.block.name for layer in plan.layers]
+
+
+def all_ways(case: Case) -> tuple[Sums, NDArray[np.bool_], int]:
+    """(sums, which samples are usable, layers)."""
+    model, train, val, layers = loaded(case)
+    usable = np.array([row.status.usable for row in train])
     sums, begun = Sums(), time.perf_counter()
-    for place, layer in enumerate(plan.layers):
-        of_layer = partial(dense, model, layer=layer.block.name)
+    for place, layer in enumerate(layers):
+        of_layer = partial(dense, model, layer=layer)
         add_layer(sums, of_layer([row for row in train if row.status.usable]), of_layer(val), 1000 * place)
-        print(f"{layer.block.name}: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
-    return sums, usable, len(plan.layers)
+        print(f"{layer}: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+    return sums, usable, len(layers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,8 +199,8 @@ def _answer(
         explained = explain(scorer, rankings, progress) if "tokens" in settings else None
         hits = hits_of(scorer.part, rankings, text, progress, scorer.blend or scorer.hybrid, question.data, explained)
         encoder = scorer.encoder
-        more = 1.0 if how.rerank is None or encoder is None else how.directions(encoder.part, encoder.plan)
-        unit = unit_of(question, parts, rounded=how.rerank is None, directions=more) if how.in_metric else None
+        directions = 1.0 if how.rerank is None or encoder is None else how.directions(encoder.part, encoder.plan)
+        unit = unit_of(question, parts, rounded=how.rerank is None, directions=directions) if how.in_metric else None
         settings = {"unit": None if unit is None else unit.to_json(), **settings}
         result = QueryResult(
             store=str(question.store),

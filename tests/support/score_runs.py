@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,17 @@ def append(run: Run, start: int, stop: int) -> None:
             if step >= GAP[1] and writer.next_step < step:
                 writer.skip_to(step)
             writer.append(step, values(step, run.layout))
+
+
+def opened_before_its_span(store: Path) -> Run:
+    """A run as it was opened when a journal had its steps; the span that holds them now has replaced it."""
+    run = make(store, layout=replace(LAYOUT, span_steps=10, save_steps=5))
+    append(run, 0, 5)
+    opened = Store.open(store).run("run")
+    assert opened.journals
+    assert not opened.spans
+    append(run, 5, 10)
+    return opened
 
 
 def whole(store: Path, name: str = "run") -> Run:

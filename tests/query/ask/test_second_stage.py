@@ -171,12 +171,11 @@ def adam(lab: Lab, folder: Path) -> dict[str, torch.Tensor]:
     return {name: optimizer.state[p]["exp_avg_sq"].double() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("metric", ["dot", "cosine"])
-def test_with_less_damping_than_the_part(folder: Path, metric: str) -> None:
-    """By default: each row alone by autograd, times the inverse of the factors with that damping, all dense, float64.
-    In nats the metric has more directions.
+def alone(folder: Path, name: str) -> tuple[PartEncoder, Any, Any, int]:
+    """(encoder of the part, its model in float64, gradients of the val rows and then of all rows, each row alone by
+    autograd, the number of val rows).
     """
-    part = Store.open(folder / "store").part("kfac")
+    part = Store.open(folder / "store").part(name)
     encoder = PartEncoder(part, device="cpu")
     with open_corpus(str(folder / "val.jsonl"), Fields()) as corpus:
         vals = [row for row in encoder.rows(corpus.samples()) if row.status.usable]
@@ -184,7 +183,16 @@ def test_with_less_damping_than_the_part(folder: Path, metric: str) -> None:
     everything = [(row.tokens.tolist(), row.first_target) for row in [*vals, *rows]]
     model = encoder.model.double()
     gradients = gradients_alone(model, len(everything), lambda model, place: loss_of(model, *everything[place]))
-    gram = torch.zeros(len(everything), len(everything), dtype=torch.float64)
+    return encoder, model, gradients, len(vals)
+
+
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+def test_with_less_damping_than_the_part(folder: Path, metric: str) -> None:
+    """By default: each row alone by autograd, times the inverse of the factors with that damping, all dense, float64.
+    In nats the metric has more directions.
+    """
+    encoder, model, gradients, vals = alone(folder, "kfac")
+    gram = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
     assert encoder.plan.calibration is not None
     learned = encoder.plan.calibration.preconditioner
     assert learned is not None
@@ -202,10 +210,10 @@ def test_with_less_damping_than_the_part(folder: Path, metric: str) -> None:
             inverses = [torch.linalg.inv(f_NN + damping * torch.eye(len(f_NN))) for f_NN in relative]
             traces = [float((f_NN @ inv_NN).trace()) for f_NN, inv_NN in zip(relative, inverses, strict=True)]
             directions[damping] += traces[0] * traces[1]
-    scores = gram[: len(vals), len(vals) :]
+    scores = gram[:vals, vals:]
     if metric == "cosine":
         lengths = gram.diagonal().sqrt()
-        scores = scores / lengths[: len(vals), None] / lengths[None, len(vals) :]
+        scores = scores / lengths[:vals, None] / lengths[None, vals:]
     answer = ask(folder, metric=metric, each=True)
     assert answer.settings["rerank_damping"] == OF_STAGE
     for ranking, wanted in zip(answer.results, scores.numpy(), strict=True):
@@ -225,24 +233,17 @@ def test_with_less_damping_than_the_part(folder: Path, metric: str) -> None:
 @pytest.mark.parametrize("metric", ["dot", "cosine"])
 def test_scores_in_the_metric_of_adam(folder: Path, adam: dict[str, torch.Tensor], metric: str) -> None:
     """Each row alone by autograd in float64, times 1/√V; of V's rows and columns, as the head of adam.py has it."""
-    part = Store.open(folder / "store").part("adam")
-    encoder = PartEncoder(part, device="cpu")
-    with open_corpus(str(folder / "val.jsonl"), Fields()) as corpus:
-        vals = [row for row in encoder.rows(corpus.samples()) if row.status.usable]
-    rows = encoder.source_rows(part.row_numbers[part.usable()])
-    everything = [(row.tokens.tolist(), row.first_target) for row in [*vals, *rows]]
-    model = encoder.model.double()
-    gradients = gradients_alone(model, len(everything), lambda model, place: loss_of(model, *everything[place]))
-    gram = torch.zeros(len(everything), len(everything), dtype=torch.float64)
+    encoder, model, gradients, vals = alone(folder, "adam")
+    gram = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
     for layer in encoder.plan.layers:
         v_OI = gradient_matrix(model, layer.block.name, adam)
         rank_one_OI = torch.outer(v_OI.mean(1), v_OI.mean(0)) / v_OI.mean()
         matrices = torch.stack([gradient_matrix(model, layer.block.name, gradient) for gradient in gradients])
         gram += (matrices / rank_one_OI.sqrt()).flatten(1) @ matrices.flatten(1).t()
-    scores = gram[: len(vals), len(vals) :]
+    scores = gram[:vals, vals:]
     if metric == "cosine":
         lengths = gram.diagonal().sqrt()
-        scores = scores / lengths[: len(vals), None] / lengths[None, len(vals) :]
+        scores = scores / lengths[:vals, None] / lengths[None, vals:]
     for ranking, wanted in zip(ask(folder, "adam", metric=metric, each=True).results, scores.numpy(), strict=True):
         found = by_row(ranking.hits)
         assert len(found) == len(wanted)

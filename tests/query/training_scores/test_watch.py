@@ -28,7 +28,19 @@ from ghoststore.store import RunWriter, Store
 from ghoststore.store.base.writers import at_work
 from query.training_scores.frame import Frame
 from query.training_scores.watch import Watcher, newest_of, writer_fields
-from tests.support.score_runs import DOMAINS, GAP, LAYOUT, Reference, append, committed, make, row_table, values, whole
+from tests.support.score_runs import (
+    DOMAINS,
+    GAP,
+    LAYOUT,
+    Reference,
+    append,
+    committed,
+    make,
+    opened_before_its_span,
+    row_table,
+    values,
+    whole,
+)
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -36,13 +48,7 @@ if TYPE_CHECKING:
 
 def test_the_last_commit_of_a_run_that_was_opened_before_it(tmp_path: Path) -> None:
     """Its journal is gone when it is looked at: the span that holds it now has an age."""
-    store = tmp_path / "store"
-    run = make(store, layout=replace(LAYOUT, span_steps=10, save_steps=5))
-    append(run, 0, 5)
-    opened = Store.open(store).run("run")
-    assert opened.journals
-    assert not opened.spans
-    append(run, 5, 10)
+    opened = opened_before_its_span(tmp_path / "store")
     assert not any(journal.path.exists() for journal in opened.journals.values())
     age = writer_fields(opened, finished=False)["commit_age"]
     assert age is not None

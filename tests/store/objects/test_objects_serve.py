@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import ghoststore
-from ghoststore.store import Store
 from ghoststore.store.base.object_path import location
 from query.training_scores.watch import writer_fields
 
@@ -21,7 +20,7 @@ pytest.importorskip("uvicorn", reason="the explorer needs uvicorn")
 
 from tests.support.explorers import answered, events, got
 from tests.support.object_server import KEY, SECRET, Request
-from tests.support.score_runs import LAYOUT, append, make
+from tests.support.score_runs import LAYOUT, append, make, opened_before_its_span
 
 if TYPE_CHECKING:
     from tests.store.objects.conftest import Bucket
@@ -135,14 +134,7 @@ def test_a_run_that_grows(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_last_commit_of_a_run_that_was_opened_before_it(bucket: Bucket) -> None:
     """Its journal, a folder here, is gone when it is looked at: the span that holds it now has an age."""
-    store = location("s3://bucket/aged")
-    run = make(store, layout=replace(LAYOUT, span_steps=10, save_steps=5))
-    append(run, 0, 5)
-    opened = Store.open(store).run("run")
-    assert opened.journals
-    assert not opened.spans
-    append(run, 5, 10)
-    age = writer_fields(opened, finished=False)["commit_age"]
+    age = writer_fields(opened_before_its_span(location("s3://bucket/aged")), finished=False)["commit_age"]
     assert age is not None
     assert age >= 0
 
