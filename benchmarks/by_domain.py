@@ -25,10 +25,12 @@ from numpy.typing import NDArray
 from rerank import paired
 from transformers.utils.logging import disable_progress_bar
 
+import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.corpus import Fields, open_corpus
 from ghoststore.progress import Silent
-from query.ask.lexical import Hybrid, WordIndex
+from query.ask.hybrid import Hybrid
+from query.ask.lexical import WordIndex
 from query.ask.question import Question
 from query.ask.scorer import open_scorer
 from query.ask.second_stage import Reranking, exact_scores
@@ -36,27 +38,32 @@ from query.evaluate.tf_idf import TfIdf
 
 Scores = NDArray[np.float64]
 DEFAULT = "default"
-LITTLE = "damping 0.01"
+LARGER = "blocks of 128 × 128"
+WHOLE: dict[str, Any] = {"rank_total": "full", "precondition": "kronecker"}
 PARTS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
-    "damping 0.03": {"projection": ProjectionConfig(damping=0.03)},
-    LITTLE: {"projection": ProjectionConfig(damping=0.01)},
-    "damping 0.003": {"projection": ProjectionConfig(damping=0.003)},
-    "damping 0.001": {"projection": ProjectionConfig(damping=0.001)},
-    "blocks of 128 × 128": {"projection": ProjectionConfig(rank_total=128 * 128)},
-    "blocks of 128 × 128, damping 0.01": {"projection": ProjectionConfig(rank_total=128 * 128, damping=0.01)},
-    "loss a sum": {"loss_reduction": "sum"},
+    **{f"damping {damping:g}": {"damping": damping} for damping in (0.03, 0.01, 0.003)},
+    **{
+        f"{LARGER}, damping {damping:g}": {"rank_total": 128 * 128, "damping": damping} for damping in (0.1, 0.03, 0.01)
+    },
+    **{f"whole blocks, damping {damping:g}": WHOLE | {"damping": damping} for damping in (0.1, 0.03)},
+    f"{LARGER}, all their signs, damping 0.01": {"rank_total": 128 * 128, "compress": "none", "damping": 0.01},
 }
+"""By the options of a projection. Blocks are sketched to the bytes of the default, unless all signs are kept."""
 METRICS = dict.fromkeys(("K-FAC", "EK-FAC"), (0.1, 0.01, 0.001))
 STAGES = (0.1, 0.01)
 SAMPLES = 256
 """That the metric of exact gradients is learned from, as that of a part is."""
+BLENDED = (DEFAULT, "damping 0.03")
 WEIGHTS = (0.1, 0.2, 0.3)
 """Of words."""
 
 
 def built(case: Case, label: str) -> Any:
-    return case.built(f"by-domain-{label}", PARTS[label])
+    options = dict(PARTS[label])
+    if "rank_total" in options and "compress" not in options:
+        options |= {"compress": built(case, DEFAULT).layout.dimension, "compress_by": "layer"}
+    return case.built(f"by-domain-{label}", {"projection": ProjectionConfig(**options)})
 
 
 def of_parts(case: Case) -> Iterator[tuple[str, Scores]]:
@@ -67,7 +74,7 @@ def of_parts(case: Case) -> Iterator[tuple[str, Scores]]:
         part = built(case, label)
         scores = scores_of(part, case.val_set)
         yield label, scores["dot"]
-        if label in (DEFAULT, LITTLE):
+        if label in BLENDED:
             yield f"{label}, cosine", scores["cosine"]
             targets_N = np.maximum(part.read("n_tokens", 0, part.layout.rows).astype(np.float64) - 1, 0)
             for power, name in ((0.5, "the root of its targets"), (1.0, "its targets")):
@@ -109,6 +116,12 @@ def of_exact(case: Case) -> Iterator[tuple[str, Scores]]:
     for name, scores in sums.items():
         yield f"exact, {name}", scores
         yield f"exact, {name}, a row times its targets", scores * targets_N
+
+
+def sizes(case: Case) -> list[dict[str, str]]:
+    """Of each part, as it lies on the disk."""
+    described = [ghoststore.info(case.folder / "parts-store", part=built(case, label).name).parts[0] for label in PARTS]
+    return [{"part": label, "bytes a row": f"{part.row_bytes:,}"} for label, part in zip(PARTS, described, strict=True)]
 
 
 def domains_of(case: Case) -> dict[str, NDArray[np.int64]]:
@@ -163,6 +176,7 @@ def main(name: str, work: Path, halves: int, workers: int, out: Path) -> None:
     )
     results.add(Table("LDS", values, "95 % intervals by resampling the trainings."), lds=numbers)
     results.add(Table("LDS less that of the default", differences, "By resampling the trainings for both at once."))
+    results.add(Table("Bytes of a row", sizes(case), "Of all layers, with what else a row has."))
     results.write(out)
 
 

@@ -23,7 +23,8 @@ import ghoststore
 from ghoststore import Corpus, Store
 from ghoststore.corpus import Fields, open_corpus
 from ghoststore.progress import Silent
-from query.ask.lexical import Hybrid, WordIndex, words_of
+from query.ask.hybrid import Hybrid
+from query.ask.lexical import WordIndex, words_of
 from query.ask.question import Question
 from query.ask.scorer import open_scorer
 from query.common.rank_correlation import mean_ranks, spearman

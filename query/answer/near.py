@@ -18,9 +18,10 @@ from ghoststore.store.part.metric import metric_for
 from ghoststore.store.where.rows import Chosen
 from query.answer.distribution import Distribution, counted_rankings
 from query.answer.results import QueryHits, QueryResult, hits_of
+from query.ask.chosen import chosen_rows
 from query.ask.encoder import ValVectors
 from query.ask.question import Question
-from query.ask.scorer import Scorer, chosen_rows
+from query.ask.scorer import Scorer
 from query.search.parts import choose_groups, note_repeated, open_parts
 from query.search.vectors import PartVectors
 

@@ -183,7 +183,15 @@ def _answer(
     ):
         keep_model = how.rerank is not None or recomputes or "tokens" in settings
         scorer = open_scorer(
-            question, parts, weights, corpus, progress, minus=minus, keep_model=keep_model, opened=opened
+            question,
+            parts,
+            weights,
+            corpus,
+            progress,
+            minus=minus,
+            keep_model=keep_model,
+            opened=opened,
+            keep_words=opened is None,
         )
         scorer.find = find
         note_repeated(scorer.part, progress)

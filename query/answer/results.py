@@ -16,7 +16,7 @@ from ghoststore.store import Part
 from query.answer.distribution import Distribution
 from query.answer.tokens import Explained, Token, ValTokens
 from query.ask.blend import Blend
-from query.ask.lexical import Hybrid
+from query.ask.hybrid import Hybrid
 from query.ask.question import COMBINED
 from query.ask.unit import Unit
 from query.common.notebook import cut, html_table, html_tables

@@ -12,7 +12,7 @@ from ghoststore.settings.question import SelfInfluenceOptions
 from ghoststore.store.part.metric import part_metric
 from query.answer.results import QueryHits, QueryResult, hits_of
 from query.ask.blend import rankings_of
-from query.ask.scorer import chosen_rows
+from query.ask.chosen import chosen_rows
 from query.search.parts import choose_groups, note_repeated, open_parts
 from query.search.second_moment import DampedInverse, checked_damping
 

@@ -23,8 +23,8 @@ from ghoststore.settings.shared import Data
 from ghoststore.store import Part, Store
 from query.answer.query import answer
 from query.answer.results import QueryResult
+from query.ask.chosen import chosen_rows
 from query.ask.opened_model import OpenedModel
-from query.ask.scorer import chosen_rows
 from query.search.on_ray import searching_on_ray
 from query.search.search import Search
 from query.search.vectors import PartVectors

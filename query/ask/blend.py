@@ -198,6 +198,13 @@ def rankings_of(scores_QN: NDArray[np.float64], k: int, sign: float = 1.0) -> Ra
     return Ranking(rows, scores)
 
 
+def ranked_among(rows_QM: NDArray[np.int64], scores_QM: NDArray[np.float64], top_k: int, sign: float = 1.0) -> Ranking:
+    """The ``top_k`` of ``rows_QM`` (ascending; -1 for none) with the highest ``sign`` × ``scores_QM``."""
+    best = rankings_of(scores_QM, top_k, sign)
+    rows = np.where(best.rows >= 0, np.take_along_axis(rows_QM, np.maximum(best.rows, 0), axis=1), -1)
+    return Ranking(rows, best.scores)
+
+
 def _standardized(numbers: NDArray[np.float64], over: NDArray[np.bool_]) -> NDArray[np.float64]:
     """``numbers`` standardised by the mean and standard deviation of those in ``over``; 0 if those are all equal."""
     mean, deviation = numbers[over].mean(), numbers[over].std()

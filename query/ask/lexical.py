@@ -1,9 +1,6 @@
 """Words beside gradients, ``ghoststore query --lexical``: BM25 of the rows' texts for the val samples' texts.
 
-score = (1 − W)·z(similarity) + W·z(BM25), z over the rows that rank. Fused by z-scores and not by ranks: where a row
-shares no word with the val set its BM25 is 0, as that of most rows, and it keeps the place that its gradient gives it.
-Ranks throw away by how much the best rows lead, and lose these rows (docs/design/0016-words-and-tokens.md has the
-measurements).
+What they are blended to is in :mod:`query.ask.hybrid`.
 
 Legend: Q queries, N rows of a part, S documents (one for each sample of the part).
 """
@@ -12,25 +9,30 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ghoststore.corpus import Corpus
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.settings.shared import Data
 from ghoststore.store import Part
-from query.ask.blend import blended
 from query.ask.encoder import ValVectors
 from query.common.texts import corpus_behind
 from query.common.unchanged import read_unchanged
+from query.search.part_cache import PartCache
 
-FUSION = "(1-W)·z(similarity) + W·z(BM25)"
+KEPT: dict[str, tuple[int, ...] | None] = {
+    **dict.fromkeys(("scores", "places", "starts", "words", "source_rows")),
+    "texts": (),
+}
+"""The tensors of a kept index of words, and their shapes."""
 _WORD = re.compile(r"\w+")
 
 
@@ -42,7 +44,7 @@ def words_of(text: str) -> list[str]:
 class WordIndex:
     """BM25 over ``texts``, by bm25s with its defaults (Lucene's form, k1 = 1.5, b = 0.75).
 
-    Memory: 4 bytes a word of the texts; and for each text and distinct word of it 8, and 45 while the index is made.
+    Memory: 8 bytes for each text and distinct word of it; while it is made 45, and 4 a word of the texts.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -52,33 +54,84 @@ class WordIndex:
         documents = [
             array("i", [vocabulary.setdefault(word, len(vocabulary)) for word in words_of(text)]) for text in texts
         ]
-        self._vocabulary, self._documents = vocabulary, len(documents)
-        self._index = None
+        self.documents, self.words = len(documents), list(vocabulary)
+        self.scores_of = np.zeros(0, dtype=np.float32)
+        """Of each word in the texts that have it: word after word, those of word w from ``starts[w]`` on."""
+        self.places = np.zeros(0, dtype=np.int32)
+        """The texts."""
+        self.starts = np.zeros(1, dtype=np.int64)
         if vocabulary:  # bm25s divides by the mean length
-            self._index = BM25()
-            self._index.index((documents, vocabulary), create_empty_token=False, show_progress=False)
+            index = BM25()
+            index.index((documents, vocabulary), create_empty_token=False, show_progress=False)
+            self.scores_of = np.asarray(index.scores["data"], dtype=np.float32)
+            self.places = np.asarray(index.scores["indices"], dtype=np.int32)
+            self.starts = np.asarray(index.scores["indptr"], dtype=np.int64)
+        self._vocabulary = vocabulary
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What :meth:`of_tensors` takes."""
+        words = np.frombuffer("\n".join(self.words).encode(), dtype=np.uint8)  # no word has a line break
+        arrays = {"scores": self.scores_of, "places": self.places, "starts": self.starts, "words": words.copy()}
+        return {name: torch.from_numpy(x) for name, x in arrays.items()} | {"texts": torch.tensor(self.documents)}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> WordIndex:
+        """The index that :meth:`tensors` gave. ValueError if they do not fit together."""
+        index = cls(())
+        index.scores_of, index.places, index.starts = (tensors[x].numpy() for x in ("scores", "places", "starts"))
+        index.documents, joined = int(tensors["texts"]), tensors["words"].numpy().tobytes().decode()
+        index.words = joined.split("\n") if joined else []
+        index._vocabulary = {word: place for place, word in enumerate(index.words)}
+        starts, places = index.starts, index.places
+        ordered = len(starts) == len(index.words) + 1 and starts[0] == 0 and bool((np.diff(starts) >= 0).all())
+        inside = not len(places) or 0 <= places.min() <= places.max() < index.documents
+        if not (ordered and inside and starts[-1] == len(places) == len(index.scores_of)):
+            raise ValueError("they are of no index of words")
+        return index
 
     def scores(self, text: str) -> NDArray[np.float64]:
         """(S,): BM25 of each document for ``text``; 0 where no word is shared. A word counts as often as it stands."""
-        known = [self._vocabulary[word] for word in words_of(text) if word in self._vocabulary]
-        if self._index is None or not known:
-            return np.zeros(self._documents)
-        return np.asarray(self._index.get_scores_from_ids(known), dtype=np.float64)
+        scores_S = np.zeros(self.documents)
+        for word, count in Counter(words_of(text)).items():
+            place = self._vocabulary.get(word)
+            if place is not None:
+                having = slice(self.starts[place], self.starts[place + 1])
+                scores_S[self.places[having]] += count * self.scores_of[having].astype(np.float64)
+        return scores_S
 
 
 class PartWords:
     """The words of the rows of ``part``, read from its stored texts, or else from its corpus (``data``, default: where
-    the user's own build read it). A window of a long sample has the words of its sample.
+    the user's own build read it). A window of a long sample has the words of its sample. With ``keep`` their index is
+    kept among the caches of the part, where later ones find it.
 
     UsageError if the corpus cannot be read, MismatchError if it is no longer the one of the part.
     """
 
-    def __init__(self, part: Part, data: Data | None, progress: Progress) -> None:
+    def __init__(self, part: Part, data: Data | None, progress: Progress, *, keep: bool = False) -> None:
         self._documents: list[int] = []
-        self.index = WordIndex(self._texts(part, data, progress))
+        cache = PartCache(part, "words", progress)
+        index = self._cached(cache.tensors(KEPT), progress)
+        if index is None:
+            self._documents.clear()
+            index = WordIndex(self._texts(part, data, progress))
+            if keep:
+                cache.keep(index.tensors() | {"source_rows": torch.tensor(self._documents, dtype=torch.int64)})
+        self.index = index
         source_row_S, row_N = np.asarray(self._documents), part.row_numbers
         self._document_N = np.full(part.layout.rows, -1, dtype=np.int64)
         self._document_N[row_N] = np.searchsorted(source_row_S, part.column("source_row"))
+
+    def _cached(self, tensors: Mapping[str, Tensor] | None, progress: Progress) -> WordIndex | None:
+        if tensors is None:
+            return None
+        try:
+            index = WordIndex.of_tensors(tensors)
+        except ValueError as error:
+            progress.note(f"the kept index of words is damaged ({error}): it is a cache, and is made anew")
+            return None
+        self._documents.extend(tensors["source_rows"].tolist())
+        return index if len(self._documents) == index.documents else None
 
     def _texts(self, part: Part, data: Data | None, progress: Progress) -> Iterator[str]:
         """The text of each sample that has rows, in order; their places go to ``_documents``."""
@@ -135,29 +188,6 @@ def lexical_scores(
     if minus is not None:
         scores_QN -= words.scores(*_texts_behind(*minus, None))
     return scores_QN
-
-
-@dataclass(frozen=True, slots=True)
-class Hybrid:
-    """Similarities, BM25 and their blend, (Q, N) each; NaN for a row without a similarity."""
-
-    similarity: NDArray[np.float64]
-    lexical: NDArray[np.float64]
-    scores: NDArray[np.float64]
-    weight: float
-
-    @classmethod
-    def of(cls, similarity_QN: NDArray[np.float64], lexical_QN: NDArray[np.float64], weight: float) -> Hybrid:
-        """Blend them by :data:`FUSION`. Where all rows have the same BM25, as where no word is shared, the similarity
-        alone ranks.
-        """
-        pairs = zip(similarity_QN, lexical_QN, strict=True)
-        scores = [blended(similarity_N[None], lexical_N, weight)[0] for similarity_N, lexical_N in pairs]
-        return cls(similarity_QN, lexical_QN, np.concatenate(scores), weight)
-
-    def settings(self) -> dict[str, Any]:
-        """What the settings of a result say about the blend."""
-        return {"lexical": self.weight, "hybrid": FUSION}
 
 
 def _texts_behind(val: ValVectors, val_set: Corpus, max_samples: int | None) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""The model of a part, kept between questions."""
+"""The model of a part, and the words of its rows, kept between questions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ghoststore.settings.question import RebuiltOptions
 from ghoststore.settings.shared import in_memory
 from ghoststore.store import Part
 from query.ask.encoder import PartEncoder
+from query.ask.lexical import PartWords
 
 
 class OpenedModel:
@@ -22,6 +23,7 @@ class OpenedModel:
         self._options = options
         self._loaded = LoadedCheckpoint.of(options.checkpoint) if in_memory(options.checkpoint) else None
         self._encoder: PartEncoder | None = None
+        self._words: tuple[str, PartWords] | None = None
         self._versions = self._versions_now()
 
     def encoder(self, part: Part, progress: Progress) -> PartEncoder:
@@ -51,6 +53,13 @@ class OpenedModel:
                 "Open a session of it"
             )
         return self._encoder.at(part, progress)
+
+    def words(self, part: Part, progress: Progress) -> PartWords:
+        """The words of the rows of ``part``, read once for the rows that are committed."""
+        covers = f"{part.name} {part.fingerprint()}"
+        if self._words is None or self._words[0] != covers:
+            self._words = covers, PartWords(part, self._options.data, progress)
+        return self._words[1]
 
     @property
     def device(self) -> str | None:

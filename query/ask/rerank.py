@@ -20,7 +20,7 @@ from ghoststore.progress import Progress
 from ghoststore.settings.option import given
 from ghoststore.store import Part
 from query.ann.index import AnnIndex
-from query.ask.blend import rankings_of
+from query.ask.blend import ranked_among
 from query.ask.question import Question
 from query.ask.scorer import Scorer
 from query.ask.second_stage import Reranking, exact_scores
@@ -113,13 +113,7 @@ def _among(
         return Ranking(np.full((len(rows_QM), top_k), -1, dtype=np.int64), np.full((len(rows_QM), top_k), np.nan))
     place_QM = np.minimum(np.searchsorted(union_U, rows_QM), len(union_U) - 1)
     scores_QM = np.where(rows_QM >= 0, np.take_along_axis(scores_QU, place_QM, axis=1), np.nan)
-    return _ranked(rows_QM, scores_QM, top_k, sign)
-
-
-def _ranked(rows_QM: NDArray[np.int64], scores_QM: NDArray[np.float64], top_k: int, sign: float) -> Ranking:
-    best = rankings_of(scores_QM, top_k, sign)
-    rows = np.where(best.rows >= 0, np.take_along_axis(rows_QM, np.maximum(best.rows, 0), axis=1), -1)
-    return Ranking(rows, best.scores)
+    return ranked_among(rows_QM, scores_QM, top_k, sign)
 
 
 def _by_vectors(scorer: Scorer, first_stage: tuple[Ranking, Ranking], counts: tuple[int, ...]) -> list[Ranking]:
@@ -173,4 +167,4 @@ def rerank(
             scores /= vectors.norm(dim=1).clamp_min(np.finfo(np.float64).tiny)
         query, place = np.nonzero((rows_QM >= batch[0]) & (rows_QM <= batch[-1]))
         scores_QM[query, place] = scores.numpy()[query, np.searchsorted(batch, rows_QM[query, place])]
-    return _ranked(rows_QM, scores_QM, top_k, sign)
+    return ranked_among(rows_QM, scores_QM, top_k, sign)

@@ -23,12 +23,14 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part, Store
 from ghoststore.store.part.metric import metric_for, part_metric
-from ghoststore.store.where.rows import Chosen, part_matches
+from ghoststore.store.where.rows import Chosen
 from query.ann.index import AnnIndex
 from query.ask.blend import Blend, RowValues, rankings_of, values_of_rows
+from query.ask.chosen import chosen_rows, usable_rows
 from query.ask.encoder import PartEncoder, ValVectors
 from query.ask.groups import combined, fused, last_first
-from query.ask.lexical import Hybrid, PartWords, lexical_scores
+from query.ask.hybrid import Hybrid, HybridSearch
+from query.ask.lexical import PartWords, lexical_scores
 from query.ask.opened_model import OpenedModel
 from query.ask.question import Question
 from query.search.counts import bins_of, count_scores
@@ -50,11 +52,13 @@ def open_scorer(
     minus: Corpus | None = None,
     keep_model: bool = False,
     opened: OpenedModel | None = None,
+    keep_words: bool = False,
 ) -> Scorer:
     """Encode ``val_set`` with the model of each of ``parts``, grouped as ``question`` says, and prepare the rankings.
 
     ``minus`` is the val set whose mean gradient is subtracted. With ``keep_model``, and for a single part, the scorer
-    keeps the encoder and the val sets, which must stay open. ``opened`` has the model of a single part already.
+    keeps the encoder and the val sets, which must stay open. ``opened`` has the model of a single part already;
+    with ``keep_words`` the index of words, where there is one, is kept among the caches of the part.
 
     Raises UsageError for a val set without a usable row and for patterns that match no layer, MismatchError for another
     checkpoint, tokenizer or projection and for a run on other samples, CorruptError for damaged rows.
@@ -70,7 +74,9 @@ def open_scorer(
         refuse_united(parts, "`with_scores`")
         scored = Store.open(question.store).run(question.with_scores)
         run = values_of_rows(parts[0], scored, question.weight, progress, data=question.data)
-    words = None if question.lexical is None else PartWords(parts[0], question.data, progress)
+    words, first = None, parts[0]
+    if question.lexical is not None:
+        words = opened.words(first, progress) if opened else PartWords(first, question.data, progress, keep=keep_words)
     vals: list[ValVectors] = []
     minus_vals: list[ValVectors] = []
     kept_encoder: PartEncoder | None = None
@@ -117,26 +123,6 @@ def open_scorer(
     return scorer
 
 
-def chosen_rows(parts: Sequence[Part], where: str | None, progress: Progress) -> Chosen | None:
-    """The rows that match ``where`` by the columns of the first of ``parts`` and are usable in every part; None without
-    a condition.
-
-    UsageError for what is no condition, and if no row is left.
-    """
-    if where is None:
-        return None
-    matches, first = part_matches(parts[0], where), parts[0]
-    usable_N = np.ones(first.layout.rows, dtype=bool)
-    for part in parts:
-        of_part_N = np.zeros(first.layout.rows, dtype=bool)
-        of_part_N[part.row_numbers] = part.usable()
-        usable_N &= of_part_N
-    usable = usable_N[first.row_numbers]
-    count = matches.among(first, usable, "usable rows")
-    progress.note(f"`where`: {count:,} of {int(usable.sum()):,} usable rows match")
-    return Chosen(where, matches.mask & usable_N, count)
-
-
 @dataclass(slots=True, kw_only=True)
 class Scorer:
     """The rankings of a question, after its val set and parts are read. Where rankings are combined, the first is
@@ -177,6 +163,7 @@ class Scorer:
     by_index: bool = False
     """Whether an index gave the last ranking."""
     _scores: NDArray[np.float64] | None = None
+    _hybrid_search: HybridSearch | None = None
 
     @classmethod
     def of(
@@ -256,6 +243,9 @@ class Scorer:
             if (by_index := self._rank_by_index(index, counts, progress)) is not None:
                 return by_index
             self.by_index = False
+        if (with_words := self._searched_with_words()) is not None:
+            with closing(progress.task("searching", self.rows)) as task:
+                return with_words.rank(*counts, task)
         if self._needs_all:
             scores = self.scores(progress)
             return rankings_of(scores, counts[0]), rankings_of(scores, counts[1], sign=-1.0)
@@ -272,6 +262,26 @@ class Scorer:
         if not self._combine:
             return best, worst
         return last_first(best), last_first(worst)
+
+    def _searched_with_words(self) -> HybridSearch | None:
+        """The search by the blend with words, if rows can be ranked without the scores of all of them."""
+        if self.lexical_QN is None or self._fused or self._scores is not None:
+            return None
+        if self._hybrid_search is None:
+            assert self.question.lexical is not None
+            ranked_N = usable_rows(self.parts)
+            if self.chosen is not None:
+                ranked_N &= self.chosen.mask
+            found = HybridSearch(
+                self.terms,
+                self.lexical_QN,
+                self.question.lexical,
+                ranked_N,
+                by_rows=self._by_rows,
+                device=self.device,
+            )
+            self._hybrid_search, self.hybrid = found, found.hybrid
+        return None if self._hybrid_search.hybrid.words_alone else self._hybrid_search
 
     def _rank_by_index(
         self, index: AnnIndex, counts: tuple[int, int], progress: Progress
@@ -294,11 +304,14 @@ class Scorer:
         """((Q, 60) counts of the scores of all rows in bins from the lowest to the highest, (N,) which rows have one),
         for each ranking.
         """
-        if self._needs_all:
+        with_words = self._searched_with_words()
+        if with_words is None and self._needs_all:
             scores = self.scores(progress)
             has_QN = np.isfinite(scores)
             bounds = zip(scores, has_QN, low_Q, high_Q, strict=True)
             return np.stack([bins_of(own_N[has_N], *ends) for own_N, has_N, *ends in bounds]), has_QN[0]
+        if with_words is not None:
+            low_Q, high_Q = (with_words.hybrid.in_similarities(ends_Q) for ends_Q in (low_Q, high_Q))
         if self._combine:  # which the search puts last
             low_Q, high_Q = np.roll(low_Q, -1), np.roll(high_Q, -1)
         with closing(progress.task("counting", self.rows)) as task:
@@ -310,6 +323,7 @@ class Scorer:
                 device=self.device,
                 task=task,
                 allowed_N=self._allowed,
+                added_CN=None if with_words is None else with_words.added(),
             )
         return np.roll(counts_QB, 1, axis=0) if self._combine else counts_QB, has_N
 

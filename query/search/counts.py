@@ -26,7 +26,7 @@ def bins_of(scores: NDArray[np.float64], low: float, high: float) -> NDArray[np.
     if equal(low, high):
         shares = np.full(len(scores), 0.5)
     else:
-        shares = (scores - low) / (high - low)
+        shares = np.clip((scores - low) / (high - low), 0.0, 1.0)  # the ends may be rounded
     return np.asarray(np.histogram(shares, BINS, (0.0, 1.0))[0])
 
 
@@ -44,6 +44,7 @@ def count_scores(
     device: str = "cpu",
     task: Task | None = None,
     allowed_N: NDArray[np.bool_] | None = None,
+    added_CN: NDArray[np.float64] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """((C, 60) counts, (N,) which rows have a score) of the scores of :func:`query.search.search.search`, whose lowest
     and highest are ``low_C`` and ``high_C``: those of :func:`bins_of`. Columns as there, the combined one last.
@@ -52,7 +53,7 @@ def count_scores(
     chunk, and for a part whose length is out of proportion to what is committed.
     """
     terms[0].part.refuse_hollow()
-    scores = PieceScores(terms, combine, device, allowed_N, screened=True)
+    scores = PieceScores(terms, combine, device, allowed_N, screened=True, added_CN=added_CN)
     flat_C = np.array([equal(low, high) for low, high in zip(low_C, high_C, strict=True)])
     spread_C = np.where(flat_C, 1.0, high_C - low_C)
     counts_CB = np.zeros((scores.columns, BINS), dtype=np.int64)

@@ -41,12 +41,17 @@ class PartCache:
         self.folder = part.caches / FOLDER
         self.covers = part.fingerprint()
 
-    def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
-        """The tensors that :meth:`keep` wrote, or None. Shapes are compared before anything is read into memory."""
+    def tensors(self, shapes: Mapping[str, tuple[int, ...] | None]) -> dict[str, Tensor] | None:
+        """The tensors that :meth:`keep` wrote, or None. Shapes are compared before anything is read into memory; None
+        stands for any.
+        """
 
         def read(data: Path) -> dict[str, Tensor]:
             with safe_open(data, framework="pt") as file:
-                if {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()} != shapes:  # noqa: SIM118
+                found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+                if found.keys() != shapes.keys() or any(
+                    shape not in (None, found[key]) for key, shape in shapes.items()
+                ):
                     raise ValueError(f"{data.name} has other tensors than this part")
                 return {key: file.get_tensor(key) for key in shapes}
 

@@ -157,7 +157,8 @@ def units_of(terms: Sequence[Term], combine: Combine | None) -> NDArray[np.float
 class PieceScores:
     """Scores of the rows of ``terms``, piece by piece. They are scaled so that no query is longer than 1.
 
-    With ``combine="max"`` one more column follows those of the queries: the largest score of a row.
+    With ``combine="max"`` one more column follows those of the queries: the largest score of a row. ``added_CN`` has a
+    number for each column and row that is added to the score.
     """
 
     def __init__(
@@ -167,8 +168,9 @@ class PieceScores:
         device: str,
         allowed_N: NDArray[np.bool_] | None,
         screened: bool,
+        added_CN: NDArray[np.float64] | None = None,
     ) -> None:
-        self.terms, self.combine, self._allowed_N = terms, combine, allowed_N
+        self.terms, self.combine, self._allowed_N, self._added_CN = terms, combine, allowed_N, added_CN
         self.device = torch.device(device)
         self.units_Q = units_of(terms, combine)
         self.queries = len(terms[0].queries_QD)
@@ -242,12 +244,15 @@ class PieceScores:
         if len(piece.unit.rows) > 1:
             # The sum over parts is rounded, too.
             slack_RQ = slack_RQ * (1 + 2.0**-20) + cheap_RQ.abs() * len(piece.unit.rows) * 2.0**-23
-        if not self.combine:
+        if self.combine:
+            cheap_RQ = torch.cat([cheap_RQ, cheap_RQ.amax(1, keepdim=True)], dim=1)
+            slack_RQ = torch.cat([slack_RQ, slack_RQ.amax(1, keepdim=True)], dim=1)
+        if self._added_CN is None:
             return cheap_RQ, slack_RQ
-        return (
-            torch.cat([cheap_RQ, cheap_RQ.amax(1, keepdim=True)], dim=1),
-            torch.cat([slack_RQ, slack_RQ.amax(1, keepdim=True)], dim=1),
-        )
+        added_CR = self._added_CN[:, piece.unit.start : piece.unit.stop] / self.units_Q[:, None]
+        added_RC = torch.from_numpy(added_CR.T).to(self.device, torch.float32)
+        roundings_RC = (cheap_RQ.abs() + added_RC.abs()) * 2.0**-22
+        return cheap_RQ + added_RC, slack_RQ * (1 + 2.0**-20) + roundings_RC
 
     def exact(self, piece: Piece, places: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float64]:
         """Scores of pairs of a row of the piece and a column, float64."""
@@ -258,6 +263,8 @@ class PieceScores:
         if len(rows):
             each = self._pairs(piece, np.repeat(rows, self.queries), np.tile(np.arange(self.queries), len(rows)))
             scores[~single] = each.reshape(len(rows), self.queries).max(1)
+        if self._added_CN is not None:
+            scores += self._added_CN[columns, places + piece.unit.start] / self.units_Q[columns]
         return scores
 
     def _pairs(self, piece: Piece, places: NDArray[np.int64], queries: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -318,8 +325,9 @@ class ExactSearch:
         combine: Combine | None = None,
         device: str = "cpu",
         allowed_N: NDArray[np.bool_] | None = None,
+        added_CN: NDArray[np.float64] | None = None,
     ) -> None:
-        self._scores = PieceScores(terms, combine, device, allowed_N, screened=True)
+        self._scores = PieceScores(terms, combine, device, allowed_N, screened=True, added_CN=added_CN)
         columns = self._scores.columns
         self.best, self.worst = RunningTopK(columns, top_k), RunningTopK(columns, bottom_k)
 
@@ -356,13 +364,14 @@ def search(
     device: str = "cpu",
     task: Task | None = None,
     allowed_N: NDArray[np.bool_] | None = None,
+    added_CN: NDArray[np.float64] | None = None,
 ) -> tuple[Ranking, Ranking]:
     """The ``top_k`` rows with the highest and the ``bottom_k`` rows with the lowest scores, for each query of
     ``terms``.
 
     With ``combine="max"`` one more ranking follows: by the largest score that a row has for any query. Rows that are
     not usable in every part are never returned, nor rows that are not in ``allowed_N`` (None: all are); the cosine of a
-    zero row is 0.
+    zero row is 0. ``added_CN`` is added to the scores of each ranking, the one by the largest score last.
 
     Reads each committed chunk once, without those of spans that have no allowed row; memory does not depend on the
     number of rows. Scores are float64 products of the stored numbers. Rows that cannot rank are ruled out first, by
@@ -370,7 +379,9 @@ def search(
 
     Raises CorruptError for a damaged chunk.
     """
-    exact = ExactSearch(terms, top_k=top_k, bottom_k=bottom_k, combine=combine, device=device, allowed_N=allowed_N)
+    exact = ExactSearch(
+        terms, top_k=top_k, bottom_k=bottom_k, combine=combine, device=device, allowed_N=allowed_N, added_CN=added_CN
+    )
     exact.over(searched_spans(terms, allowed_N), task)
     return exact.rankings()
 
@@ -399,3 +410,24 @@ def similarities(
         if task:
             task.advance(rows)
     return np.asarray(scores_QN * scores.units_Q[:, None])
+
+
+def similarities_at(terms: Sequence[Term], rows_K: NDArray[np.int64], *, device: str = "cpu") -> NDArray[np.float64]:
+    """(Q, K) float64: the scores of ``rows_K`` for each query, equal to those of :func:`search`. They are ascending,
+    committed in every part, and usable.
+
+    Reads their chunks. Raises CorruptError for a damaged one.
+    """
+    scores = PieceScores(terms, None, device, None, screened=False)
+    scores_QK, queries = np.empty((scores.queries, len(rows_K))), np.arange(scores.queries)
+
+    def work(piece: Piece) -> None:
+        within = slice(*np.searchsorted(rows_K, (piece.unit.start, piece.unit.stop)))
+        places = rows_K[within] - piece.unit.start
+        pairs = np.tile(places, len(queries)), np.repeat(queries, len(places))
+        scores_QK[:, within] = piece.exact(*pairs).reshape(len(queries), -1)
+
+    spans = np.unique(rows_K // terms[0].part.layout.span_rows)
+    for _ in scores.each(work, spans.tolist()):
+        pass
+    return np.asarray(scores_QK * scores.units_Q[:, None])

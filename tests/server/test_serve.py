@@ -39,6 +39,12 @@ Reply = tuple[int, dict[str, str], bytes]
 
 
 @pytest.fixture(scope="module")
+def built(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy: words are kept in it."""
+    return Path(shutil.copytree(built, tmp_path_factory.mktemp("own") / built.name))
+
+
+@pytest.fixture(scope="module")
 def explorer(built: Path) -> Iterator[ghoststore.Explorer]:
     with ghoststore.serve(built) as explorer:
         yield explorer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     from tests.conftest import Lab
 
 VAL = [{"text": "the old dog runs", "task": "a"}, {"text": "a river", "task": "b"}]
+
+
+@pytest.fixture(scope="module")
+def built(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy: words are kept in it."""
+    return Path(shutil.copytree(built, tmp_path_factory.mktemp("own") / built.name))
 
 
 def ask(built: Path, **options: Any) -> ghoststore.QueryResult:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,9 @@ import pytest
 import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.errors import MismatchError, UsageError
+from query.ask import hybrid
 from query.ask.lexical import WordIndex, words_of
+from query.search.counts import bins_of
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -168,19 +171,85 @@ def test_select(folder: Path, tmp_path: Path) -> None:
 
 
 def test_texts_that_are_gone(folder: Path, lab: Lab, tmp_path: Path) -> None:
-    """The advice works: `data`. A corpus that has changed is refused; a part that keeps its texts needs none."""
+    """The advice works: `data`. A corpus that has changed is refused; a part that keeps its texts needs none, nor does
+    one whose words are kept since an earlier question.
+    """
     train = folder / "train.jsonl"
+    kept = folder / "store" / "parts" / "plain" / "second_moment"
+    rmtree(kept, ignore_errors=True)
     moved = train.rename(tmp_path / "moved.jsonl")
     try:
         with pytest.raises(UsageError, match=r"part 'plain' keeps no texts: .* Give `data`, .* or leave `lexical` out"):
             ask(folder, lexical=WEIGHT)
-        assert ask(folder, lexical=WEIGHT, data=moved).results[0].hits
+        found = ask(folder, lexical=WEIGHT, data=moved).results[0].hits
         assert ask(folder, "texts", lexical=WEIGHT).results[0].hits
+        assert by_row(ask(folder, lexical=WEIGHT).results[0].hits).tolist() == by_row(found).tolist()
+        rmtree(kept)
         other = lab.write(tmp_path / "other.jsonl", lab.sample_rows(ROWS, 2))
         with pytest.raises(MismatchError, match="has changed"):
             ask(folder, lexical=WEIGHT, data=other)
     finally:
         moved.rename(train)
+
+
+def test_a_session_keeps_words_in_memory(folder: Path, tmp_path: Path) -> None:
+    """Of rows that are committed, and writes nothing: its second question reads no text."""
+    train, kept = folder / "train.jsonl", folder / "store" / "parts" / "plain" / "second_moment"
+    expected = by_row(ask(folder, lexical=WEIGHT).results[0].hits).tolist()
+    rmtree(kept)
+    with ghoststore.open(folder / "store", part="plain", device="cpu") as store:
+
+        def again() -> list[float]:
+            asked = store.query(folder / "val.jsonl", top_k=1000, text=False, lexical=WEIGHT)
+            return by_row(asked.results[0].hits).tolist()
+
+        assert again() == expected
+        moved = train.rename(tmp_path / "moved.jsonl")
+        try:
+            assert again() == expected
+        finally:
+            moved.rename(train)
+    assert not kept.exists()
+
+
+def test_kept_words_that_are_damaged_are_made_anew(folder: Path) -> None:
+    expected = ask(folder, lexical=WEIGHT)
+    (kept,) = (folder / "store/parts/plain/second_moment").glob("words-*")
+    data = bytearray(kept.read_bytes())
+    data[-1] ^= 1
+    kept.write_bytes(bytes(data))
+    assert by_row(ask(folder, lexical=WEIGHT).results[0].hits).tolist() == by_row(expected.results[0].hits).tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"each": True},
+        {"where": "domain = 'sky'"},
+        {"group_field": "task"},
+        {"group_field": "task", "combine": "max"},
+    ],
+    ids=str,
+)
+def test_some_rows_stand_for_all(folder: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    """The deviation of similarities is that of a sample; best rows, worst rows and counts are those of all scores."""
+    monkeypatch.setattr(hybrid, "SAMPLED", 8)
+    monkeypatch.setattr(hybrid, "STRETCHES", 4)
+    found = ask(folder, lexical=WEIGHT, top_k=5, bottom_k=4, histogram=True, **options).results
+    every = ask(folder, lexical=WEIGHT, **options).results
+    for few, ranked, plain in zip(found, every, ask(folder, **options).results, strict=True):
+        numbers, words, similarity = by_row(ranked.hits), by_row(ranked.hits, "bm25"), by_row(plain.hits)
+        sample = similarity[hybrid.sampled(np.ones(len(numbers), dtype=bool))]
+        assert 8 == len(sample) < len(numbers)
+        score = (1 - WEIGHT) * (similarity - sample.mean()) / sample.std() + WEIGHT * z(words)
+        assert numbers == pytest.approx(score, abs=1e-9)
+        best = np.sort(numbers)[::-1]
+        assert [hit.score for hit in few.hits] == best[:5].tolist()
+        assert [hit.score for hit in few.bottom] == best[::-1][:4].tolist()
+        assert [hit.id for hit in few.hits] == [hit.id for hit in ranked.hits[:5]]
+        assert few.histogram.counts == bins_of(numbers, best[-1], best[0]).tolist()
+        assert few.histogram.rows == len(numbers)
 
 
 def test_refused(folder: Path) -> None:

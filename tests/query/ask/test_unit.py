@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from tests.conftest import Lab
 
 ONE_BIT = math.pi / 2
+
+
+@pytest.fixture(scope="module")
+def built(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy: words are kept in it."""
+    return Path(shutil.copytree(built, tmp_path_factory.mktemp("own") / built.name))
 
 
 @pytest.fixture(scope="module")
