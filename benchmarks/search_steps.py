@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import click
 import google_crc32c
@@ -19,6 +20,8 @@ from search_paired import DRAWN, LAYERS, NUMBERS, turned
 
 from ghoststore import Store
 from ghoststore.store import Part
+from query.search import products as query_products
+from query.search.kernel import registers
 from query.search.part_score import Term
 from query.search.products import Products, products_of
 from query.search.search import search
@@ -33,6 +36,7 @@ READ, CHECKSUMS, CHECKED, MULTIPLIED, WHOLE = (
     "the same, and multiplied",
     "search",
 )
+WITHOUT = "search without the compiled kernel"
 
 
 def units_read(part: Part, products: list[Products]) -> Callable[[], Any]:
@@ -55,6 +59,14 @@ def checksums(size: int) -> Callable[[], Any]:
     return run
 
 
+def without_kernel(run: Callable[[], Any]) -> Callable[[], Any]:
+    def wrapped() -> Any:
+        with patch.object(query_products, "KERNEL_QUERIES", 0):
+            return run()
+
+    return wrapped
+
+
 def measure(part: Part, repeats: int) -> dict[str, list[float]]:
     """CPU seconds of each step, in turns."""
     vectors = torch.randn(1, part.layout.dimension, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -66,6 +78,7 @@ def measure(part: Part, repeats: int) -> dict[str, list[float]]:
         CHECKED: units_read(part, []),
         MULTIPLIED: units_read(part, [products]),
         WHOLE: lambda: search([term], top_k=TOP_K),
+        WITHOUT: without_kernel(lambda: search([term], top_k=TOP_K)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
@@ -84,7 +97,7 @@ def measure(part: Part, repeats: int) -> dict[str, list[float]]:
 def main(rows: int, repeats: int, scratch: Path | None, out: Path) -> None:
     """Take an exact search apart."""
     torch.set_num_threads(1)
-    settings = {"rows": rows, "layers": LAYERS, "repeats": repeats, "threads": 1}
+    settings = {"rows": rows, "layers": LAYERS, "repeats": repeats, "threads": 1, "registers": str(registers())}
     results = Results(
         name="search-steps", title="What an exact search is made of", settings=settings, facts=machine_facts()
     )

@@ -6,7 +6,7 @@ instructions, :class:`query.search.products.CodeProducts` multiplies with torch:
 The code computes what :func:`obvious_products` writes down. A row of one bit a number is never unpacked: for each bit
 of a byte, 64 bytes are masked at once, and one instruction (``vpdpbusd``) multiplies them with 64 integers of the query
 and adds. A masked bit counts 2^bit, not 1; the sums so far are doubled from bit to bit, so that all count 2^7 in the
-end.
+end. Where a processor has AVX2 and not that instruction, three others on 32 bytes do the same.
 
 Legend: Q queries, R rows, G blocks, N segments, S slices of a query, K numbers of a
 segment, W bytes of a vector register.
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,12 +27,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 BITS = 8
-ROWS_AT_ONCE = 8
-"""Rows whose sums are in registers together: the query's integers are loaded once for so many."""
 TILE_BYTES = 1 << 20
 """Bytes of rows that stay in the processor's cache while all segments of all queries are multiplied with them."""
 
 MachineCode = Callable[..., None]
+
+
+class Registers(NamedTuple):
+    """What a processor multiplies with."""
+
+    width: int
+    """W."""
+    vnni: bool
+    """Whether it has ``vpdpbusd``."""
+
+    @property
+    def rows(self) -> int:
+        """Rows whose sums are in registers together: the query's integers are loaded once for so many. AVX2 has half
+        the registers of AVX-512.
+        """
+        return 8 if self.vnni else 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,25 +74,27 @@ def obvious_products(
 
 
 @cache
-def vector_bytes() -> int | None:
-    """W of this processor: 64 or 32, None if the kernel does not run on it, or llvmlite is not installed."""
+def registers() -> Registers | None:
+    """Those of this processor; None if the kernel does not run on it, or llvmlite is not installed."""
     try:
         from llvmlite import binding
     except ImportError:
         return None
     has = binding.get_host_cpu_features().get
     if has("avx512vnni") and has("avx512bw"):
-        return 64
-    return 32 if has("avxvnni") or (has("avx512vnni") and has("avx512vl")) else None
+        return Registers(64, vnni=True)
+    if has("avxvnni") or (has("avx512vnni") and has("avx512vl")):
+        return Registers(32, vnni=True)
+    return Registers(32, vnni=False) if has("avx2") else None
 
 
 class CodeKernel:
     """Multiplies rows of codes with the queries of ``segments``. ``packed``: one bit a number, else int8."""
 
-    def __init__(self, segments: Sequence[Segment], *, packed: bool, width: int) -> None:
-        self._packed, self._width = packed, width
+    def __init__(self, segments: Sequence[Segment], *, packed: bool, on: Registers) -> None:
+        self._packed, self._width, self._rows = packed, on.width, on.rows
         slices, self._queries = segments[0].step_SQ.shape
-        self._code = {rows: machine_code(packed, slices, rows, width) for rows in (1, ROWS_AT_ONCE)}
+        self._code = {rows: machine_code(packed, slices, rows, on) for rows in (1, on.rows)}
         places: list[list[int]] = []
         integers: list[NDArray[np.int8]] = []
         size = self._reach = 0
@@ -89,7 +105,7 @@ class CodeKernel:
             places.append([first, vectors, size, segment.group])
             integers.append(arranged.ravel())
             size += arranged.size
-            self._reach = max(self._reach, first + vectors * width)
+            self._reach = max(self._reach, first + vectors * on.width)
         self._places_N4 = np.array(places, dtype=np.int64)
         self._integers = np.concatenate(integers)
         step_NQS = np.stack([segment.step_SQ.T for segment in segments])
@@ -118,7 +134,7 @@ class CodeKernel:
         columns = stored.shape[1]
         # Whole registers are loaded. Rows for which that would go beyond the tensor's memory are copied.
         inside = max(0, len(stored) - max(0, -(-(self._reach - columns) // columns)))
-        step = max(ROWS_AT_ONCE, TILE_BYTES // columns // ROWS_AT_ONCE * ROWS_AT_ONCE)
+        step = max(self._rows, TILE_BYTES // columns // self._rows * self._rows)
         for first in range(0, inside, step):
             tile = slice(first, min(first + step, inside))
             self._multiply(stored[tile], scale_RG[tile], total_RQ[tile])
@@ -130,8 +146,8 @@ class CodeKernel:
 
     def _multiply(self, stored: Tensor, scale_RG: Tensor, total_RQ: Tensor) -> None:
         rows, columns = stored.shape
-        many = rows // ROWS_AT_ONCE * ROWS_AT_ONCE
-        for first, count, at_once in ((0, many, ROWS_AT_ONCE), (many, rows - many, 1)):
+        many = rows // self._rows * self._rows
+        for first, count, at_once in ((0, many, self._rows), (many, rows - many, 1)):
             if count:
                 self._code[at_once](
                     *(stored.data_ptr() + first * columns, columns, count // at_once),
@@ -151,14 +167,14 @@ NUMBERS = {"columns", "blocks", "groups", "segments", "queries"}
 
 
 @cache
-def machine_code(packed: bool, slices: int, rows: int, width: int) -> MachineCode:
+def machine_code(packed: bool, slices: int, rows: int, on: Registers) -> MachineCode:
     """The compiled function for rows ``rows`` at once. It takes :data:`ARGUMENTS` and releases the GIL."""
     from llvmlite import binding
 
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     name = "products"
-    module = binding.parse_assembly(str(_Writer(name, packed, slices, rows, width).module))
+    module = binding.parse_assembly(str(_Writer(name, packed, slices, rows, on).module))
     module.verify()
     target = binding.Target.from_default_triple().create_target_machine(
         cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3
@@ -184,15 +200,22 @@ class _Writer:
     Every loop runs at least once.
     """
 
-    def __init__(self, name: str, packed: bool, slices: int, rows: int, width: int) -> None:
+    def __init__(self, name: str, packed: bool, slices: int, rows: int, on: Registers) -> None:
         from llvmlite import ir
 
+        width = on.width
         self.ir, self.packed, self.slices, self.rows, self.width = ir, packed, slices, rows, width
         self.i64, self.i32, self.double = ir.IntType(64), ir.IntType(32), ir.DoubleType()
         self.bytes = ir.VectorType(ir.IntType(8), width)
         self.sums = ir.VectorType(self.i32, width // 4)
         self.module = ir.Module(name)
-        self.dot = self._declared(f"llvm.x86.avx512.vpdpbusd.{BITS * width}", self.sums, [self.sums] * 3)
+        self.pairs = ir.VectorType(ir.IntType(16), width // 2)
+        self.dot = self.of_bytes = self.of_pairs = None
+        if on.vnni:
+            self.dot = self._declared(f"llvm.x86.avx512.vpdpbusd.{BITS * width}", self.sums, [self.sums] * 3)
+        else:
+            self.of_bytes = self._declared("llvm.x86.avx2.pmadd.ub.sw", self.pairs, [self.bytes] * 2)
+            self.of_pairs = self._declared("llvm.x86.avx2.pmadd.wd", self.sums, [self.pairs] * 2)
         self.add_up = self._declared(f"llvm.vector.reduce.add.v{width // 4}i32", self.i32, [self.sums])
         pointer = ir.IntType(8).as_pointer()
         types = [self.i64 if argument in NUMBERS else pointer for argument in ARGUMENTS]
@@ -283,13 +306,31 @@ class _Writer:
         b = self.b
         with self._loop(vectors) as vector:
             slices = [
-                self._load(integers, b.add(b.mul(vector, self.i64(self.slices)), self.i64(s)), self.sums)
+                self._load(integers, b.add(b.mul(vector, self.i64(self.slices)), self.i64(s)), self.bytes)
                 for s in range(self.slices)
             ]
             for start, of_row in zip(starts, self.sum_at, strict=True):
-                codes = b.bitcast(unsigned(self._load(start, vector, self.bytes)), self.sums)
+                codes = unsigned(self._load(start, vector, self.bytes))
                 for slice_, at in zip(slices, of_row, strict=True):
-                    b.store(b.call(self.dot, [b.load(at), codes, slice_]), at)
+                    b.store(self._dot(b.load(at), codes, slice_), at)
+
+    def _dot(self, sums: Any, codes: Any, integers: Any) -> Any:
+        """``sums``, each with the products of four unsigned bytes of ``codes`` and four signed ones of ``integers``."""
+        b = self.b
+        if self.dot:
+            return b.call(self.dot, [sums, *(b.bitcast(each, self.sums) for each in (codes, integers))])
+        if self.packed:  # two products of at most 2^7 · 127 have room in 16 bits
+            products = b.call(self.of_bytes, [codes, integers])
+            return b.add(sums, b.call(self.of_pairs, [products, self._all(self.pairs, 1)]))
+        for half in range(2):  # those of 255 · 127 do not
+            places = [half * self.pairs.count + place for place in range(self.pairs.count)]
+            picked = self.ir.Constant(self.ir.VectorType(self.i32, self.pairs.count), places)
+            wide = [
+                extended(b.shuffle_vector(each, each, picked), self.pairs)
+                for extended, each in ((b.zext, codes), (b.sext, integers))
+            ]
+            sums = b.add(sums, b.call(self.of_pairs, wide))
+        return sums
 
     def _add_to_total(self, place: int, row: Any, query: Any, scale: Any, factors: list[Any], shift: Any) -> None:
         b, value = self.b, shift

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ghoststore.store import Part
 from ghoststore.store.part.encoding import Groups
-from query.search.kernel import CodeKernel, Segment, vector_bytes
+from query.search.kernel import CodeKernel, Registers, Segment, registers
 from query.search.vectors import StoredRows
 
 PIECE = 2048
@@ -70,8 +70,8 @@ def products_of(part: Part, unit_QD: Tensor) -> Products:
     packed, queries = part.layout.dtype == "onebit", len(unit_QD)
     if part.encoding.scaled and unit_QD.device.type == "cpu":
         numbers = part.rows * part.layout.dimension
-        if queries <= KERNEL_QUERIES and numbers * queries >= KERNEL_NUMBERS and (width := vector_bytes()):
-            return KernelProducts(unit_QD, part.groups, packed, width)
+        if queries <= KERNEL_QUERIES and numbers * queries >= KERNEL_NUMBERS and (on := registers()):
+            return KernelProducts(unit_QD, part.groups, packed, on)
         if integers_are_exact():
             return CodeProducts(unit_QD, part.groups, packed)
     return FloatProducts(unit_QD)
@@ -168,9 +168,9 @@ class KernelProducts:
 
     bytes_at_once = 1 << 19
 
-    def __init__(self, unit_QD: Tensor, groups: Groups, packed: bool, width: int) -> None:
+    def __init__(self, unit_QD: Tensor, groups: Groups, packed: bool, on: Registers) -> None:
         segments, self.error_Q = sliced(unit_QD, groups)
-        self._kernel = CodeKernel(segments, packed=packed, width=width)
+        self._kernel = CodeKernel(segments, packed=packed, on=on)
 
     def of(self, rows: StoredRows) -> Tensor:
         assert rows.scale_RG is not None

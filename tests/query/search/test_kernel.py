@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ghoststore.store import Part
-from query.search.kernel import ROWS_AT_ONCE, CodeKernel, Segment, obvious_products, vector_bytes
+from query.search.kernel import CodeKernel, Registers, Segment, obvious_products, registers
 from query.search.part_score import Metric, Term
 from query.search.products import LARGEST, WIDEST, KernelProducts
 from query.search.search import search
@@ -23,9 +23,11 @@ from query.search.top_k import Ranking
 from tests.support.made_parts import DIMENSION, ROWS, clustered, make_part
 
 pytestmark = pytest.mark.skipif(
-    vector_bytes() is None, reason="needs llvmlite, and a processor with VNNI: elsewhere there is no kernel"
+    registers() is None, reason="needs llvmlite, and a processor with AVX2: elsewhere there is no kernel"
 )
-WIDTHS = sorted({32, vector_bytes() or 32})
+OWN = registers() or Registers(32, vnni=False)
+ALL = sorted({Registers(32, vnni=False), Registers(32, vnni=OWN.vnni), OWN})
+"""That this processor has: one with VNNI has them all."""
 
 
 def segments_of(
@@ -51,8 +53,8 @@ def stored_codes(codes_RD: np.ndarray, packed: bool) -> torch.Tensor:
 @given(data=st.data())
 def test_products_are_the_obvious_ones(data: st.DataObject) -> None:
     """Steps and scales are powers of two, and integers small beside 2^53: every sum is exact, so the bits are equal."""
-    packed, width = data.draw(st.booleans()), data.draw(st.sampled_from(WIDTHS))
-    rows, queries = data.draw(st.integers(1, 3 * ROWS_AT_ONCE)), data.draw(st.integers(1, 5))
+    packed, on = data.draw(st.booleans()), data.draw(st.sampled_from(ALL))
+    rows, queries = data.draw(st.integers(1, 3 * on.rows)), data.draw(st.integers(1, 5))
     slices, seed = data.draw(st.sampled_from([2, 3])), data.draw(st.integers(0, 2**32 - 1))
     lengths = data.draw(st.lists(st.one_of(st.integers(1, 70), st.sampled_from([255, 512, 2048, WIDEST])), max_size=4))
     bounds = np.cumsum([0, *(lengths or [1])]).tolist()
@@ -63,7 +65,7 @@ def test_products_are_the_obvious_ones(data: st.DataObject) -> None:
         codes_RD = np.where(codes_RD >= 0, 1, -1).astype(np.int8) * np.int8(1 if packed else LARGEST)
     segments = segments_of(bounds, slices, queries, rng)
     scale_RG = rng.choice(np.float32([0, 0.5, 1, 4]), (rows, len(segments)))
-    kernel = CodeKernel(segments, packed=packed, width=width)
+    kernel = CodeKernel(segments, packed=packed, on=on)
     total_RQ = kernel(stored_codes(codes_RD, packed), torch.from_numpy(scale_RG))
     np.testing.assert_array_equal(total_RQ.numpy(), obvious_products(codes_RD, scale_RG, segments))
 
@@ -77,16 +79,16 @@ class Watched(CodeKernel):
         super()._multiply(stored, scale_RG, total_RQ)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("on", ALL)
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("bounds", [[0, 3, 20], [0, 600, 1100], [0, 512, 1024]])
-def test_nothing_beyond_the_rows_is_read(packed: bool, width: int, bounds: list[int]) -> None:
+def test_nothing_beyond_the_rows_is_read(packed: bool, on: Registers, bounds: list[int]) -> None:
     """Registers are wider than short rows, and than what is left of a block at the end of the last row."""
     rng = np.random.default_rng(0)
     segments = segments_of(bounds, 2, 2, rng)
     codes_RD = np.where(rng.integers(0, 2, (21, bounds[-1])) > 0, 1, -1).astype(np.int8)
     scale_RG = np.ones((21, 2), dtype=np.float32)
-    kernel = Watched(segments, packed=packed, width=width)
+    kernel = Watched(segments, packed=packed, on=on)
     total_RQ = kernel(stored_codes(codes_RD, packed).clone(), torch.from_numpy(scale_RG))
     np.testing.assert_array_equal(total_RQ.numpy(), obvious_products(codes_RD, scale_RG, segments))
 

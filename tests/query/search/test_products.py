@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ghoststore.store.part.encoding import ENCODINGS, Groups
-from query.search.kernel import vector_bytes
+from query.search.kernel import Registers, registers
 from query.search.products import (
     WIDEST,
     CodeProducts,
@@ -46,8 +46,9 @@ def products_for(dtype: str, unit_QD: Tensor, groups: Groups) -> list[Products]:
     ways: list[Products] = [FloatProducts(unit_QD)]
     if ENCODINGS[dtype].scaled:
         ways.append(CodeProducts(unit_QD, groups, packed=dtype == "onebit"))
-        if widest := vector_bytes():
-            ways += [KernelProducts(unit_QD, groups, dtype == "onebit", width) for width in {32, widest}]
+        if own := registers():
+            every = {own, Registers(32, own.vnni), Registers(32, vnni=False)}
+            ways += [KernelProducts(unit_QD, groups, dtype == "onebit", on) for on in every]
     return ways
 
 
