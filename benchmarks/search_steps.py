@@ -19,12 +19,14 @@ from search import TOP_K, chunk_files, manifest_of, normal, random_part, read_pl
 from search_paired import DRAWN, LAYERS, NUMBERS, turned
 
 from ghoststore import Store
+from ghoststore.progress import Silent
 from ghoststore.store import Part
+from query.ask.hybrid import HybridSearch
 from query.search import products as query_products
 from query.search.kernel import registers
 from query.search.part_score import Term
 from query.search.products import Products, products_of
-from query.search.search import search
+from query.search.search import search, similarities
 from query.search.units import Units
 
 PIECE = 1 << 18
@@ -37,6 +39,8 @@ READ, CHECKSUMS, CHECKED, MULTIPLIED, WHOLE = (
     "search",
 )
 WITHOUT = "search without the compiled kernel"
+WORDS = "search with words (`--lexical 0.1`), their BM25 at hand"
+ALL = "scores of all rows"
 
 
 def units_read(part: Part, products: list[Products]) -> Callable[[], Any]:
@@ -67,6 +71,18 @@ def without_kernel(run: Callable[[], Any]) -> Callable[[], Any]:
     return wrapped
 
 
+def with_words(part: Part, term: Term) -> Callable[[], Any]:
+    """One row in ten shares a word."""
+    rng, ranked_N = np.random.default_rng(2), np.ones(part.layout.rows, dtype=bool)
+    lexical_QN = np.where(rng.random((1, part.layout.rows)) < 0.1, rng.random((1, part.layout.rows)), 0.0)
+
+    def run() -> None:
+        found = HybridSearch([term], lexical_QN, 0.1, ranked_N, by_rows=False, device="cpu")
+        found.rank(TOP_K, 0, Silent().task("searching", part.rows))
+
+    return run
+
+
 def measure(part: Part, repeats: int) -> dict[str, list[float]]:
     """CPU seconds of each step, in turns."""
     vectors = torch.randn(1, part.layout.dimension, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -79,6 +95,8 @@ def measure(part: Part, repeats: int) -> dict[str, list[float]]:
         MULTIPLIED: units_read(part, [products]),
         WHOLE: lambda: search([term], top_k=TOP_K),
         WITHOUT: without_kernel(lambda: search([term], top_k=TOP_K)),
+        WORDS: with_words(part, term),
+        ALL: lambda: similarities([term]),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):

@@ -64,8 +64,8 @@ class ProjectionConfig:
     include_embeddings: bool = option(False, "Project the embedding layers too.", "Projection")
     rank_total: RankTotal | None = option(
         None,
-        "Numbers of a layer's block, k_in × k_out (default: 4096 before the sketch). Without `compress`: "
-        "plain Kronecker blocks, whose scores can be taken by layer.",
+        "Numbers of a layer's block, k_in × k_out (default: 4096 before the sketch). Without `compress` nothing is "
+        "sketched: so many numbers a layer are stored, plain Kronecker blocks, whose scores can be taken by layer.",
         "Projection",
         flag="--proj-rank-total",
         metavar="N|full",

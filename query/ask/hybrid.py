@@ -23,7 +23,7 @@ from query.search.search import search, similarities_at
 from query.search.top_k import Ranking
 
 FUSION = "(1-W)·z(similarity) + W·z(BM25)"
-SAMPLED, STRETCHES = 2048, 128
+SAMPLED, STRETCHES = 1024, 64
 """Rows whose similarities give the standard deviation, and in how many stretches they lie."""
 
 

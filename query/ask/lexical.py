@@ -77,6 +77,9 @@ class WordIndex:
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> WordIndex:
         """The index that :meth:`tensors` gave. ValueError if they do not fit together."""
+        kinds = {"scores": torch.float32, "places": torch.int32, "starts": torch.int64, "words": torch.uint8}
+        if any(tensors[name].dtype != kind or tensors[name].dim() != 1 for name, kind in kinds.items()):
+            raise ValueError("they are of another kind")
         index = cls(())
         index.scores_of, index.places, index.starts = (tensors[x].numpy() for x in ("scores", "places", "starts"))
         index.documents, joined = int(tensors["texts"]), tensors["words"].numpy().tobytes().decode()

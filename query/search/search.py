@@ -252,7 +252,9 @@ class PieceScores:
         added_CR = self._added_CN[:, piece.unit.start : piece.unit.stop] / self.units_Q[:, None]
         added_RC = torch.from_numpy(added_CR.T).to(self.device, torch.float32)
         roundings_RC = (cheap_RQ.abs() + added_RC.abs()) * 2.0**-22
-        return cheap_RQ + added_RC, slack_RQ * (1 + 2.0**-20) + roundings_RC
+        cheap_RC, slack_RC = cheap_RQ + added_RC, slack_RQ * (1 + 2.0**-20) + roundings_RC
+        beyond_RC = ~cheap_RC.isfinite()  # the range of float32
+        return cheap_RC.masked_fill_(beyond_RC, 0.0), slack_RC.masked_fill_(beyond_RC, torch.inf)
 
     def exact(self, piece: Piece, places: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float64]:
         """Scores of pairs of a row of the piece and a column, float64."""

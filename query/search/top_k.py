@@ -61,7 +61,8 @@ class RunningTopK:
         Their scores times ``sign`` lie within ``slack_RQ`` of ``cheap_RQ``. ``exact(places, queries)`` gives the scores
         of pairs, float64. Other threads may add pairs meanwhile: a bound that is out of date rules out less.
         """
-        bound_Q = torch.from_numpy(self.scores[:, -1].astype(np.float32)).to(cheap_RQ.device)
+        with np.errstate(over="ignore"):  # infinite, which no score within the range of float32 reaches
+            bound_Q = torch.from_numpy(self.scores[:, -1].astype(np.float32)).to(cheap_RQ.device)
         highest_RQ = cheap_RQ + slack_RQ
         candidate_RQ = (highest_RQ >= bound_Q) & usable_R.unsqueeze(1)
         candidates = int(candidate_RQ.sum())
