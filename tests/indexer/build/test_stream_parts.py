@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -281,5 +282,7 @@ def test_files_are_read_as_a_stream(lab: Lab, tmp_path: Path) -> None:
     words = {"store": tmp_path / "whole", "val_set": lab.corpus, "lexical": 0.3, "device": "cpu"}
     assert all(hit.text for hit in ghoststore.query(**words).results[0].hits)
     write_jsonl(tmp_path / "2.jsonl", [*ROWS[30:41], {**ROWS[41], "text": "another"}])
+    assert ghoststore.query(**words).results[0].hits  # by the words that are kept, which are those of the rows
+    shutil.rmtree(part.path / "second_moment")
     with pytest.raises(MismatchError, match=r"has changed since part 'part' was built on it: stored sha256/4:"):
         ghoststore.query(**words)
