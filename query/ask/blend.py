@@ -205,10 +205,17 @@ def ranked_among(rows_QM: NDArray[np.int64], scores_QM: NDArray[np.float64], top
     return Ranking(rows, best.scores)
 
 
+def standard(numbers: NDArray[np.float64]) -> tuple[float, float]:
+    """(mean, standard deviation); the latter 0 for numbers that are all equal."""
+    if not len(numbers) or numbers.max() == numbers.min():
+        return (float(numbers[0]) if len(numbers) else 0.0), 0.0
+    return float(numbers.mean()), float(numbers.std())
+
+
 def _standardized(numbers: NDArray[np.float64], over: NDArray[np.bool_]) -> NDArray[np.float64]:
     """``numbers`` standardised by the mean and standard deviation of those in ``over``; 0 if those are all equal."""
-    mean, deviation = numbers[over].mean(), numbers[over].std()
-    if numbers[over].max() == numbers[over].min() or not deviation > 0:
+    mean, deviation = standard(numbers[over])
+    if deviation == 0:
         return np.zeros_like(numbers)
     return np.asarray((numbers - mean) / deviation, dtype=np.float64)
 

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.progress import Task
-from query.ask.blend import ranked_among
+from query.ask.blend import ranked_among, standard
 from query.search.part_score import Term
-from query.search.search import search, similarities_at
+from query.search.search import Combine, search
+from query.search.some_rows import pair_similarities, similarities_at
 from query.search.top_k import Ranking
 
 FUSION = "(1-W)·z(similarity) + W·z(BM25)"
@@ -46,8 +47,8 @@ class Hybrid:
         self.lexical, self.weight, self._ranked_N = lexical_QN, weight, ranked_N
         self.similarity = np.full(lexical_QN.shape, np.nan)
         """(Q, N): of rows whose similarity is known."""
-        self._of_similarity = np.array([_standard(similarity_K) for similarity_K in sample_QK])
-        self._of_words = np.array([_standard(words_N[ranked_N]) for words_N in lexical_QN])
+        self._of_similarity = np.array([standard(similarity_K) for similarity_K in sample_QK])
+        self._of_words = np.array([standard(words_N[ranked_N]) for words_N in lexical_QN])
 
     @classmethod
     def of(cls, similarity_QN: NDArray[np.float64], lexical_QN: NDArray[np.float64], weight: float) -> Hybrid:
@@ -76,8 +77,7 @@ class Hybrid:
     def in_similarities(self, scores_Q: NDArray[np.float64]) -> NDArray[np.float64]:
         """(Q,): one blend of each ranking, as the similarity with what is :attr:`added`."""
         mean_Q, deviation_Q = self._of_similarity.T
-        shift_Q = self.weight / (1 - self.weight) * _inverse(self._of_words[:, 1]) * self._of_words[:, 0]
-        return np.asarray(mean_Q + deviation_Q * (scores_Q / (1 - self.weight) + shift_Q))
+        return np.asarray(mean_Q + deviation_Q * scores_Q / (1 - self.weight) + self._steps() * self._of_words[:, 0])
 
     def _steps(self) -> NDArray[np.float64]:
         inverse_Q = _inverse(self._of_words[:, 1])
@@ -88,20 +88,18 @@ class Hybrid:
         return {"lexical": self.weight, "hybrid": FUSION}
 
 
+def few(ranked_N: NDArray[np.bool_]) -> bool:
+    """Whether all rows that rank are :func:`sampled`: their scores are needed anyway."""
+    return int(np.count_nonzero(ranked_N)) <= SAMPLED
+
+
 def sampled(ranked_N: NDArray[np.bool_]) -> NDArray[np.int64]:
     """(K,): all rows of ``ranked_N``, or where they are many some of them: stretches of neighbours, evenly spread."""
     rows = np.flatnonzero(ranked_N)
-    if len(rows) <= SAMPLED:
+    if few(ranked_N):
         return rows
     firsts = np.arange(STRETCHES) * (len(rows) - SAMPLED // STRETCHES) // (STRETCHES - 1)
     return np.asarray(rows[(firsts[:, None] + np.arange(SAMPLED // STRETCHES)).ravel()])
-
-
-def _standard(numbers: NDArray[np.float64]) -> tuple[float, float]:
-    """(mean, standard deviation); 0 for numbers that are all equal."""
-    if not len(numbers) or numbers.max() == numbers.min():
-        return (float(numbers[0]) if len(numbers) else 0.0), 0.0
-    return float(numbers.mean()), float(numbers.std())
 
 
 def _inverse(deviation_Q: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -139,23 +137,37 @@ class HybridSearch:
             self._terms,
             top_k=top_k,
             bottom_k=bottom_k,
-            combine="max" if self._by_rows else None,
+            combine=self._combine,
             device=self._device,
             task=task,
             allowed_N=self._ranked_N,
             added_CN=self.added(),
         )
-        rows_QK = [np.roll(ranking.rows, 1, axis=0) if self._by_rows else ranking.rows for ranking in found]
-        rows = np.unique(np.concatenate(rows_QK, axis=1))
-        rows = rows[rows >= 0]
-        self.hybrid.similarity[:, rows] = self._similarities(rows)
+        rows_QK = [np.sort(np.roll(ranking.rows, int(self._by_rows), axis=0)) for ranking in found]
+        for own_QK in rows_QK:
+            self._find_similarities(own_QK)
         scores_QN = self.hybrid.scores
         rankings = []
-        for own_QK, sign in zip(map(np.sort, rows_QK), (1.0, -1.0), strict=True):
+        for own_QK, sign in zip(rows_QK, (1.0, -1.0), strict=True):
             own = np.where(own_QK >= 0, np.take_along_axis(scores_QN, own_QK, axis=1), np.nan)
             rankings.append(ranked_among(own_QK, own, own_QK.shape[1], sign))
         best, worst = rankings
         return best, worst
+
+    def _find_similarities(self, rows_QK: NDArray[np.int64]) -> None:
+        """Of the rows of each ranking, into :attr:`hybrid`."""
+        query, place = np.nonzero(rows_QK >= 0)
+        row = rows_QK[query, place]
+        order = np.argsort(row, kind="stable")
+        query, row = query[order], row[order]
+        column = (query - 1) % len(rows_QK) if self._by_rows else query  # a search has the one over all queries last
+        self.hybrid.similarity[query, row] = pair_similarities(
+            self._terms, row, column, combine=self._combine, device=self._device
+        )
+
+    @property
+    def _combine(self) -> Combine | None:
+        return "max" if self._by_rows else None
 
     def added(self) -> NDArray[np.float64]:
         """What is added to similarities, as a search has its rankings: the one over all queries last."""

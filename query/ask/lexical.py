@@ -54,7 +54,7 @@ class WordIndex:
         documents = [
             array("i", [vocabulary.setdefault(word, len(vocabulary)) for word in words_of(text)]) for text in texts
         ]
-        self.documents, self.words = len(documents), list(vocabulary)
+        self.documents = len(documents)
         self.scores_of = np.zeros(0, dtype=np.float32)
         """Of each word in the texts that have it: word after word, those of word w from ``starts[w]`` on."""
         self.places = np.zeros(0, dtype=np.int32)
@@ -70,7 +70,7 @@ class WordIndex:
 
     def tensors(self) -> dict[str, Tensor]:
         """What :meth:`of_tensors` takes."""
-        words = np.frombuffer("\n".join(self.words).encode(), dtype=np.uint8)  # no word has a line break
+        words = np.frombuffer("\n".join(self._vocabulary).encode(), dtype=np.uint8)  # no word has a line break
         arrays = {"scores": self.scores_of, "places": self.places, "starts": self.starts, "words": words.copy()}
         return {name: torch.from_numpy(x) for name, x in arrays.items()} | {"texts": torch.tensor(self.documents)}
 
@@ -83,10 +83,9 @@ class WordIndex:
         index = cls(())
         index.scores_of, index.places, index.starts = (tensors[x].numpy() for x in ("scores", "places", "starts"))
         index.documents, joined = int(tensors["texts"]), tensors["words"].numpy().tobytes().decode()
-        index.words = joined.split("\n") if joined else []
-        index._vocabulary = {word: place for place, word in enumerate(index.words)}
+        index._vocabulary = {word: place for place, word in enumerate(joined.split("\n") if joined else [])}
         starts, places = index.starts, index.places
-        ordered = len(starts) == len(index.words) + 1 and starts[0] == 0 and bool((np.diff(starts) >= 0).all())
+        ordered = len(starts) == len(index._vocabulary) + 1 and starts[0] == 0 and bool((np.diff(starts) >= 0).all())
         inside = not len(places) or 0 <= places.min() <= places.max() < index.documents
         if not (ordered and inside and starts[-1] == len(places) == len(index.scores_of)):
             raise ValueError("they are of no index of words")

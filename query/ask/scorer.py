@@ -29,7 +29,7 @@ from query.ask.blend import Blend, RowValues, rankings_of, values_of_rows
 from query.ask.chosen import chosen_rows, usable_rows
 from query.ask.encoder import PartEncoder, ValVectors
 from query.ask.groups import combined, fused, last_first
-from query.ask.hybrid import Hybrid, HybridSearch
+from query.ask.hybrid import Hybrid, HybridSearch, few
 from query.ask.lexical import PartWords, lexical_scores
 from query.ask.opened_model import OpenedModel
 from query.ask.question import Question
@@ -272,6 +272,8 @@ class Scorer:
             ranked_N = usable_rows(self.parts)
             if self.chosen is not None:
                 ranked_N &= self.chosen.mask
+            if few(ranked_N):
+                return None
             found = HybridSearch(
                 self.terms,
                 self.lexical_QN,

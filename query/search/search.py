@@ -282,19 +282,23 @@ class PieceScores:
                 scores[batch] += pair_scores(rows_RD, factor_R[chosen_R], unit_QD, place, queries[batch])
         return scores
 
-    def all_of(self, piece: Piece) -> NDArray[np.float64]:
-        """(Q, R) scores, summed in the order that :meth:`exact` sums in, so that equal rows have equal scores."""
-        scores = np.zeros((self.queries, len(piece.usable_R)))
+    def all_of(self, piece: Piece, places: Tensor | None = None) -> NDArray[np.float64]:
+        """(Q, R) scores, summed in the order that :meth:`exact` sums in, so that equal rows have equal scores. With
+        ``places`` of these rows of the piece alone.
+        """
+        count = len(piece.usable_R) if places is None else len(places)
+        scores = np.zeros((self.queries, count))
         for unit_QD, rows, factor_R in zip(self._unit_QD, piece.unit.rows, piece.factors, strict=True):
             step = max(1, ALL_BYTES // (8 * unit_QD.shape[1]))
-            spare_RD = unit_QD.new_empty(min(step, len(rows)), unit_QD.shape[1])
-            for first in range(0, len(rows), step):
+            spare_RD = unit_QD.new_empty(min(step, count), unit_QD.shape[1])
+            for first in range(0, count, step):
                 batch = slice(first, first + step)
-                wide_RD = rows.decoded(batch).double()
+                chosen = batch if places is None else places[batch]
+                wide_RD = rows.decoded(chosen).double()
                 products_RD = spare_RD[: len(wide_RD)]
                 for query, unit_D in enumerate(unit_QD):
                     torch.mul(wide_RD, unit_D, out=products_RD)
-                    scores[query, batch] += (_sums(products_RD) * factor_R[batch]).cpu().numpy()
+                    scores[query, batch] += (_sums(products_RD) * factor_R[chosen]).cpu().numpy()
         return scores
 
 
@@ -412,24 +416,3 @@ def similarities(
         if task:
             task.advance(rows)
     return np.asarray(scores_QN * scores.units_Q[:, None])
-
-
-def similarities_at(terms: Sequence[Term], rows_K: NDArray[np.int64], *, device: str = "cpu") -> NDArray[np.float64]:
-    """(Q, K) float64: the scores of ``rows_K`` for each query, equal to those of :func:`search`. They are ascending,
-    committed in every part, and usable.
-
-    Reads their chunks. Raises CorruptError for a damaged one.
-    """
-    scores = PieceScores(terms, None, device, None, screened=False)
-    scores_QK, queries = np.empty((scores.queries, len(rows_K))), np.arange(scores.queries)
-
-    def work(piece: Piece) -> None:
-        within = slice(*np.searchsorted(rows_K, (piece.unit.start, piece.unit.stop)))
-        places = rows_K[within] - piece.unit.start
-        pairs = np.tile(places, len(queries)), np.repeat(queries, len(places))
-        scores_QK[:, within] = piece.exact(*pairs).reshape(len(queries), -1)
-
-    spans = np.unique(rows_K // terms[0].part.layout.span_rows)
-    for _ in scores.each(work, spans.tolist()):
-        pass
-    return np.asarray(scores_QK * scores.units_Q[:, None])

@@ -11,8 +11,9 @@ import torch
 from ghoststore.store import Part
 from query.search.counts import bins_of, count_scores
 from query.search.part_score import Term
-from query.search.search import search, similarities, similarities_at
-from tests.support.made_parts import DIMENSION, clustered, make_part
+from query.search.search import search, similarities
+from query.search.some_rows import pair_similarities, similarities_at
+from tests.support.made_parts import DIMENSION, ROWS, clustered, make_part
 
 
 @pytest.fixture(scope="module", params=["onebit", "float32"])
@@ -35,8 +36,16 @@ def test_rows_rank_by_the_sums(
     plain_QN = similarities([term])
     usable = np.flatnonzero(np.isfinite(plain_QN[0]))
     assert np.array_equal(similarities_at([term], usable), plain_QN[:, usable])
+    few = usable[::7]
+    assert np.array_equal(similarities_at([term], few), plain_QN[:, few])
     plain_CN = np.concatenate([plain_QN, plain_QN.max(0, keepdims=True)]) if combine else plain_QN
     rng = np.random.default_rng(3)
+    columns = rng.integers(0, len(plain_CN), len(few))
+    every, _ = search([term], top_k=ROWS, combine=combine)  # whose unit is another where rankings are combined
+    as_searched_CN = np.full_like(plain_CN, np.nan)
+    for column, (rows, scores) in enumerate(zip(every.rows, every.scores, strict=True)):
+        as_searched_CN[column, rows[rows >= 0]] = scores[rows >= 0]
+    assert np.array_equal(pair_similarities([term], few, columns, combine=combine), as_searched_CN[columns, few])
     added_CN = rng.standard_normal(plain_CN.shape) * size * np.nanstd(plain_CN[:, :30])
     expected_CN = np.where(np.isfinite(plain_CN), plain_CN + added_CN, -np.inf)
     best, worst = search([term], top_k=7, bottom_k=5, combine=combine, added_CN=added_CN)
