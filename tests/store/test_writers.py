@@ -6,14 +6,19 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
+import threading
 import time
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import zarr
 
-from ghoststore.errors import BusyError
+from ghoststore.errors import BusyError, StorageError
+from ghoststore.store.base import disk
 from ghoststore.store.base.disk import create_whole, exclusive, publish, replace, sweep
 from ghoststore.store.base.new_files import new_files
 from ghoststore.store.base.records import seal
@@ -269,6 +274,33 @@ def test_the_first_to_finish_names_the_folder(tmp_path: Path) -> None:
     create_whole(tmp_path / "a", fill)
     assert (tmp_path / "a/x").read_text() == "other"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_files_that_zarr_still_writes_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of two chunks fails; the second comes to its end when the folder would long be removed."""
+    calls, removed, written = count(), threading.Event(), threading.Event()
+
+    def replacing(*paths: Path) -> None:
+        if next(calls) == 0:
+            raise OSError(errno.EIO, "Input/output error")
+        removed.wait(0.5)
+        paths[1].parent.mkdir(parents=True, exist_ok=True)
+        written.set()
+
+    def removing(path: Path) -> None:
+        shutil.rmtree(path)
+        removed.set()
+
+    def fill(folder: Path) -> None:
+        array = zarr.create_array(folder / "a", shape=(2,), chunks=(1,), dtype="u1")
+        monkeypatch.setattr(os, "replace", replacing)
+        array[:] = 1
+
+    monkeypatch.setattr(disk, "remove", removing)
+    with pytest.raises(StorageError, match="Input/output error"):
+        create_whole(tmp_path / "a", fill)
+    assert written.wait(60)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_the_dead_had_begun_goes_with_the_next_of_its_name(tmp_path: Path) -> None:

@@ -64,9 +64,14 @@ class Server:
     """Conditional puts become plain ones."""
 
     @property
+    def address(self) -> str:
+        """Host and port: a port alone may stand in any number."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
     def environment(self) -> dict[str, str]:
         return {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ENDPOINT_URL": f"http://{self.address}",
             "AWS_ACCESS_KEY_ID": KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_REGION": "us-east-1",
@@ -108,7 +113,7 @@ def serving(bucket: str = "bucket") -> Iterator[Server]:
     thread = threading.Thread(target=proxy.serve_forever, daemon=True)
     thread.start()
     try:
-        status, _, _ = answer_of(app, "PUT", f"/{bucket}", b"", {"Host": f"127.0.0.1:{state.port}"})
+        status, _, _ = answer_of(app, "PUT", f"/{bucket}", b"", {"Host": state.address})
         assert status == 200
         yield state
     finally:
@@ -227,7 +232,7 @@ def contents(server: Server, prefix: str, bucket: str = "bucket") -> dict[str, b
 
     store = S3Store(
         bucket,
-        endpoint=f"http://127.0.0.1:{server.port}",
+        endpoint=f"http://{server.address}",
         access_key_id=KEY,
         secret_access_key=SECRET,
         region="us-east-1",

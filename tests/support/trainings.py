@@ -95,6 +95,23 @@ def same_bits(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return [name for name, (a, b) in numbers.items() if a != b]
 
 
+def apart(one: Path, other: Path, start: Path) -> float:
+    """How far apart training took two checkpoints: of all tensors, the most of ``|one - other| / |other - start|``.
+
+    Norms, since Adam moves the one number whose gradient is nearly zero as far as rounding says. The biases of keys are
+    left out: their gradient is exactly zero (softmax does not see a shift of all its inputs).
+    """
+    first, second, begun = (load_file(folder / "model.safetensors") for folder in (one, other, start))
+    shares = []
+    for name in first:
+        off, moved = first[name] - second[name], second[name] - begun[name]
+        if name.endswith("attn.c_attn.bias"):
+            of_keys = slice(len(off) // 3, 2 * len(off) // 3)
+            off[of_keys] = moved[of_keys] = 0
+        shares.append(float(off.norm() / moved.norm()))
+    return max(shares)
+
+
 def as_bytes(values: Any) -> tuple[Any, bytes]:
     if isinstance(values, torch.Tensor):
         return (values.shape, values.dtype), values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

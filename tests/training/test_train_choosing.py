@@ -19,7 +19,7 @@ from indexer.training.data import Order, TrainingRows
 from tests.support.chosen import chosen_of, trained_plainly
 from tests.support.models import llama
 from tests.support.train_oracle import Oracle, gradient_of, loss_of, model_at
-from tests.support.trainings import same_bits
+from tests.support.trainings import apart, same_bits
 
 if TYPE_CHECKING:
     from tests.support.trainings import Gym, Trained
@@ -95,37 +95,50 @@ def test_weights_are_those_of_plain_steps_on_the_chosen(gym: Gym, name: str) -> 
     assert same_bits(trained.weights(), expected) == []
 
 
-ONE_PASS: dict[str, tuple[str, float, Options]] = {
-    # The model, how near the weights are, and options.
-    "tied": ("two", 1e-5, {"keep": 4}),
-    "untied": ("untied", 1e-5, {"keep": 4, "batch_size": 5}),
-    "llama": ("llama", 1e-5, {"keep": 4, "score_layers": "all"}),
-    "reweight": ("two", 1e-5, {"policy": "reweight", "batch_size": 12}),
-    "autocast-bfloat16": ("two", 0.05, {"keep": 4, "train_dtype": "bfloat16"}),
-    "autocast-float16": ("two", 0.02, {"keep": 4, "train_dtype": "float16"}),
-    "default": ("two", 1e-5, {"keep": 4, "score": None}),
-    "contrast": ("untied", 1e-5, {"policy": "reweight", "batch_size": 12, "contrast": True}),
+FLOAT32, FLOAT16, BFLOAT16 = (1e-4, 1e-4), (0.01, 0.05), (0.05, 0.3)
+"""How near scores, losses and norms are; and how near the weights, as a share of what training moved."""
+ONE_PASS: dict[str, tuple[str, tuple[float, float], Options]] = {
+    "tied": ("two", FLOAT32, {"keep": 4}),
+    "untied": ("untied", FLOAT32, {"keep": 4, "batch_size": 5}),
+    "llama": ("llama", FLOAT32, {"keep": 4, "score_layers": "all"}),
+    "reweight": ("two", FLOAT32, {"policy": "reweight", "batch_size": 12}),
+    "autocast-bfloat16": ("two", BFLOAT16, {"keep": 4, "train_dtype": "bfloat16"}),
+    "autocast-float16": ("two", FLOAT16, {"keep": 4, "train_dtype": "float16"}),
+    "default": ("two", FLOAT32, {"keep": 4, "score": None}),
+    "contrast": ("untied", FLOAT32, {"policy": "reweight", "batch_size": 12, "contrast": True}),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_PASS)
 def test_one_pass_is_two_up_to_rounding(gym: Gym, name: str) -> None:
-    """The same choices, and weights that differ as rounding makes them, the biases of keys aside."""
-    model, near, options = ONE_PASS[name]
+    """The same choices, and weights that differ as rounding makes them.
+
+    Two candidates whose scores are as near as autocast rounds may change places: on some processors these do. The step
+    is the last whose candidates are scored by the same weights, and it is compared before the choice.
+    """
+    model, (near, of_weights), options = ONE_PASS[name]
     one, two = (
         choosing(gym, model, choosing_passes=passes, learning_rate=1e-3, max_steps=6, **options)
         for passes in ("one", "two")
     )
     arrays, expected = one.arrays(), two.arrays()
-    for array in ("sample", "tokens", "learning_rate"):
+    for array in ("sample", "learning_rate"):
         np.testing.assert_array_equal(arrays[array], expected[array])
-    for array in ("weight", "score", "loss", "train_loss", "grad_norm"):
-        wanted = np.nan_to_num(expected[array], posinf=0)
-        np.testing.assert_allclose(np.nan_to_num(arrays[array], posinf=0), wanted, rtol=near * 100, atol=near * 100)
-    for parameter, weights in one.weights().items():
-        if not parameter.endswith("attn.c_attn.bias"):
-            assert float((weights - two.weights()[parameter]).abs().max()) < near, parameter
+    other = np.argwhere((arrays["weight"] != 0) != (expected["weight"] != 0))
+    same = int(other[0, 0]) if len(other) else 6
+    compared = {"score": same + 1, "loss": same + 1} | dict.fromkeys(("weight", "train_loss", "grad_norm"), same)
+    for array, steps in compared.items():
+        given, wanted = (np.nan_to_num(each[array][:steps], posinf=0) for each in (arrays, expected))
+        np.testing.assert_allclose(given, wanted, rtol=near, atol=near)
+    if same == 6:
+        np.testing.assert_array_equal(arrays["tokens"], expected["tokens"])
+        assert apart(one.checkpoint(), two.checkpoint(), checkpoint_of(gym, model)) < of_weights
+    else:
+        assert near > FLOAT32[0]
+        of_step = expected["score"][same, 0]
+        changed = of_step[other[other[:, 0] == same][:, 2]]
+        assert np.ptp(changed) < 2 * near * np.abs(of_step).max()
 
 
 def test_the_run_says_what_was_chosen(gym: Gym) -> None:

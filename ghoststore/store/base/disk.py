@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -232,11 +233,32 @@ def create_whole(path: Path, fill: Callable[[Path], None]) -> None:
                     flush(Path(directory))
             os.rename(temporary, path)  # fails on a folder that holds something
         except BaseException as error:
+            _await_zarr()
             remove(temporary)
             if isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY) and path.is_dir():
                 return
             raise
         flush(path.parent)
+
+
+ZARR_SECONDS = 60.0
+"""The most that unfinished writes of Zarr are waited for."""
+
+
+def _await_zarr() -> None:
+    """Return when Zarr's threads write no more: where one of an array's files fails, the others are still written, and
+    their folders made again.
+    """
+    zarr_loop = sys.modules.get("zarr.core.sync")
+    if zarr_loop is None:
+        return
+    import asyncio
+
+    async def others() -> None:
+        if tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(tasks, timeout=ZARR_SECONDS)
+
+    zarr_loop.sync(others())
 
 
 def publish_group(folder: Path, attributes: dict[str, Any]) -> None:

@@ -62,7 +62,7 @@ def test_parts_questions_and_samples(bucket: Bucket, remote: str) -> None:
                 without_place(got(explorer, f"/api/stores/{name}{path}", body), stores[name]) for name in stores
             )
             assert there == here, path
-            for secret in (SECRET, KEY, str(bucket.server.port)):
+            for secret in (SECRET, KEY, bucket.server.address):
                 assert secret not in there
         near = {"part": "part", "near": 3, "top_k": 4}
         hits = [got(explorer, f"/api/stores/{name}/query", near)["results"] for name in stores]
@@ -91,7 +91,7 @@ def test_a_network_that_fails_is_told(bucket: Bucket, remote: str) -> None:
         error = got(explorer, "/api/query", {"val_set": TEXTS}, status=507)["error"]
         assert (error["type"], error["exit_code"]) == ("StorageError", 6)
         assert "cannot read s3://bucket/remote/parts/part/vectors/c/" in error["message"]
-        for secret in (SECRET, KEY, str(bucket.server.port)):
+        for secret in (SECRET, KEY, bucket.server.address):
             assert secret not in error["message"]
         bucket.server.reset()
         assert got(explorer, "/api/query", {"val_set": TEXTS})["results"]

@@ -87,7 +87,7 @@ def test_a_run_has_the_bytes_of_a_local_one(bucket: Bucket, gym: Gym, whole: Pat
     assert outcome.code == 0, outcome.err
     ends_like(bucket, tmp_path, "trained", whole)
     for name, data in bucket.tree("trained").items():
-        for secret in (SECRET, KEY, str(bucket.server.port)):
+        for secret in (SECRET, KEY, bucket.server.address):
             assert secret.encode() not in data, name
     asked: dict[str, Any] = {"run": "run", "device": "cpu"}
     there, here = (ghoststore.query(store=store, **asked) for store in ("s3://bucket/trained", whole / "store"))
