@@ -100,6 +100,10 @@ class Orders:
             raise order.error
         return order
 
+    def wake(self) -> None:
+        """Have a thread that waits for the next order get None."""
+        self._waiting.put(None)
+
     def answer(self, value: Any) -> None:
         """Send ``value``."""
         self._pipe.send(value)

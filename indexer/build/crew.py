@@ -53,7 +53,7 @@ class Ready:
 
 
 class Done:
-    """Said by a worker when the spans that it got last are committed."""
+    """Said by a worker when the spans of a list, the first that it has, are committed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Hand(Protocol):
     """Its place, from 1."""
 
     def order(self, spans: Sequence[int] | None) -> None:
-        """Have it build ``spans``; None: nothing is left, and it may go."""
+        """Have it build ``spans`` after those that it has; None: nothing is left, and it may go."""
 
     def end(self) -> None:
         """End it, and wait until it has ended."""
@@ -80,6 +80,9 @@ class Hand(Protocol):
 
 class Means(Protocol):
     """How workers are started and heard."""
+
+    ahead: int
+    """Lists of spans that a worker may have at a time: with two it reads the second while it ends the first."""
 
     def start(self, number: int, keywords: Mapping[str, Any]) -> Hand:
         """Start the worker ``number`` of a build with ``keywords``."""
@@ -95,9 +98,12 @@ class _Place:
 
     def __init__(self, hand: Hand) -> None:
         self.hand = hand
-        self.spans: Sequence[int] = ()
+        self.given: set[int] = set()
+        """All spans that it ever got."""
+        self.lists = 0
+        """How many lists of them it has not said to be done."""
         self.rows = 0
-        """Rows of these that it has reported."""
+        """Rows of them that it has reported."""
         self.leaving = False
         """Whether it was told that nothing is left to do."""
         self.bars: dict[int, Task] = {}
@@ -201,16 +207,19 @@ class _Crew:
         else:
             assert isinstance(message, Done)
             self._deaths = 0
+            place.lists -= 1
             self._order(place)
 
     def _order(self, place: _Place) -> None:
-        """Give its worker the next spans, or let it go."""
+        """Give its worker the next spans, or let it go. The last go to those that have none."""
         assert self._left is not None
-        if self._left:
+        while self._left and (not place.lists or (place.lists < self._means.ahead and len(self._left) > self._count)):
             length = min(self._length, max(1, len(self._left) // (2 * self._count)))
-            place.spans, place.rows = [self._left.popleft() for _ in range(length)], 0
-            place.hand.order(place.spans)
-        else:
+            spans = [self._left.popleft() for _ in range(length)]
+            place.given.update(spans)
+            place.lists += 1
+            place.hand.order(spans)
+        if not place.lists:
             place.leaving = True
             place.hand.order(None)
 
@@ -245,10 +254,10 @@ class _Crew:
         if self._left is not None:
             assert self._report is not None
             part = Store.open(self._options.store).damaged_part(self._report.part)
-            done = [span for span in place.spans if span in set(part.spans)]
+            done = place.given & set(part.spans)
             if done:
                 self._deaths = 0
-            self._left.extendleft(sorted(set(place.spans) - set(done), reverse=True))
+            self._left.extendleft(sorted(place.given - done, reverse=True))
             if self._task is not None:  # what it had begun and not committed is built again
                 self._task.advance(sum(stop - start for start, stop in map(part.layout.span_of, done)) - place.rows)
         self._start(place.hand.number)

@@ -15,12 +15,11 @@ from ghoststore.cluster import ray_cluster, room, runtime_environment
 from ghoststore.errors import GhostStoreError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.settings.build import BuildOptions
-from ghoststore.store import Part
 from indexer.build.build import opened
 from indexer.build.crew import Death, Done, Event, Hand, Ready, build_by
 from indexer.build.report import BuildReport
 from indexer.build.sent import Sent
-from indexer.build.spans import KeptEncoder, compute_spans
+from indexer.build.spans import KeptEncoder, compute_lists
 
 NEWS_SECONDS = 1.0
 """How long a call for news waits for the first."""
@@ -48,7 +47,9 @@ class Builder:
     def build(self, spans: Sequence[int]) -> Done | GhostStoreError:
         """Build and commit ``spans``."""
         try:
-            compute_spans(Part(self._part.path), self._job, self._sent, spans, kept=self._kept)
+            compute_lists(
+                self._part, self._job, self._sent, iter([spans]), kept=self._kept, done=lambda: None, wake=lambda: None
+            )
         except GhostStoreError as error:
             return error
         return Done()
@@ -100,6 +101,8 @@ class _Actor:
 
 class Actors:
     """Workers that are actors, each with so many cores and GPUs."""
+
+    ahead = 1
 
     def __init__(self, ray: Any, cores: int, gpus: float) -> None:
         self._ray = ray

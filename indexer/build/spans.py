@@ -7,7 +7,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import Any, TypeVar
 
@@ -53,31 +53,23 @@ class KeptEncoder:
 
 
 def compute_spans(
-    part: Part,
-    job: BuildJob,
-    progress: Progress,
-    only: Collection[int] | None = None,
-    verb: str = BUILDING,
-    *,
-    kept: KeptEncoder | None = None,
+    part: Part, job: BuildJob, progress: Progress, only: Collection[int] | None = None, verb: str = BUILDING
 ) -> dict[str, float]:
     """Compute and commit every span without a record; with ``only``, only those of them. Returns seconds by kind of
-    work. ``verb`` begins the line of progress; ``kept`` is an encoder that outlives the call.
+    work. ``verb`` begins the line of progress.
     """
-    missing = sorted(set(range(part.layout.spans) if only is None else only) - set(part.spans))
+    missing = _missing(part, range(part.layout.spans) if only is None else only)
     seconds = {"compute": 0.0, "corpus": 0.0, "write": 0.0}
     if not missing:
         return seconds
     if only is None:
         task = progress.task(verb, part.layout.rows, done=part.rows)
     else:
-        task = progress.task(verb, sum(stop - start for start, stop in map(part.layout.span_of, missing)))
-    inputs, sizes = job.inputs, [stop - start for start, stop in map(part.layout.span_of, range(part.layout.spans))]
-    spans = rows_of_spans(inputs.corpus, inputs.tokenizer, inputs.tokens, job.plan, sizes, missing)
-    with closing(task), ExitStack() as stack, BackgroundWriter(part) as writer:
-        encoder = (kept or stack.enter_context(KeptEncoder(job))).get()
+        task = progress.task(verb, sum(_sizes(part, missing)))
+    with closing(task), KeptEncoder(job) as kept, BackgroundWriter(part) as writer:
+        encoder = kept.get()
         waited = time.perf_counter()
-        for span, rows in read_ahead(spans):
+        for span, rows in read_ahead(_rows_of(part, job, missing)):
             started = time.perf_counter()
             seconds["corpus"] += started - waited
             arrays = sealed_span(encoder, rows, part, job.inputs.batch_tokens, task)
@@ -85,6 +77,55 @@ def compute_spans(
             seconds["compute"] += waited - started
             writer.put(SpanData(span, arrays))
     return {**seconds, "write": writer.seconds}
+
+
+def compute_lists(
+    part: Part,
+    job: BuildJob,
+    progress: Progress,
+    lists: Iterator[Sequence[int]],
+    *,
+    kept: KeptEncoder,
+    done: Callable[[], None],
+    wake: Callable[[], None],
+) -> None:
+    """Compute and commit the spans of each of ``lists``, one after the other, those with a record aside; ``done`` is
+    called, by another thread, when all of a list are committed.
+
+    A list is asked for, and read and tokenized, while the one before is computed and written. ``lists`` may wait for
+    the next; ``wake`` is called when none is wanted any more, and must end that. Each list has a bar of progress.
+    """
+
+    def read() -> Iterator[tuple[Task, int, Sequence[Row] | None]]:
+        for spans in lists:
+            missing = _missing(Part(part.path), spans)
+            task = progress.task(BUILDING, sum(_sizes(part, missing)))
+            for span, rows in _rows_of(part, job, missing):
+                yield task, span, rows
+            yield task, -1, None
+
+    with BackgroundWriter(part) as writer:
+        for task, span, rows in read_ahead(read(), wake):
+            if rows is not None:
+                writer.put(SpanData(span, sealed_span(kept.get(), rows, part, job.inputs.batch_tokens, task)))
+            else:
+                task.close()
+                writer.then(done)
+
+
+def _missing(part: Part, spans: Iterable[int]) -> list[int]:
+    """Those of ``spans`` that are not committed, ascending."""
+    return sorted(set(spans) - set(part.spans))
+
+
+def _sizes(part: Part, spans: Iterable[int]) -> list[int]:
+    """Rows of each."""
+    return [stop - start for start, stop in map(part.layout.span_of, spans)]
+
+
+def _rows_of(part: Part, job: BuildJob, spans: Sequence[int]) -> Iterator[tuple[int, list[Row]]]:
+    inputs, sizes = job.inputs, _sizes(part, range(part.layout.spans))
+    return rows_of_spans(inputs.corpus, inputs.tokenizer, inputs.tokens, job.plan, sizes, spans)
 
 
 def row_encoder(job: BuildJob) -> RowEncoder:
@@ -100,8 +141,10 @@ def row_encoder(job: BuildJob) -> RowEncoder:
     )
 
 
-def read_ahead(spans: Iterator[T]) -> Iterator[T]:
-    """``spans``, each read and tokenized by a thread while the caller computes the one before."""
+def read_ahead(spans: Iterator[T], wake: Callable[[], None] | None = None) -> Iterator[T]:
+    """``spans``, each read and tokenized by a thread while the caller computes the one before. Where they may be waited
+    for, ``wake`` ends that: it is called if the caller wants no more.
+    """
     # One span in the queue is enough, because reading is faster than computing; more would only take memory.
     ready: queue.Queue[T | BaseException | None] = queue.Queue(maxsize=1)
     stop = threading.Event()
@@ -133,6 +176,8 @@ def read_ahead(spans: Iterator[T]) -> Iterator[T]:
             yield item
     finally:
         stop.set()
+        if wake is not None:
+            wake()
         thread.join()
 
 

@@ -2,12 +2,11 @@
 
 from ghoststore.piped import orders
 from ghoststore.settings.build import BuildOptions
-from ghoststore.store import Part
 from indexer.build.build import opened
 from indexer.build.crew import Done, Ready
 from indexer.build.report import BuildReport
 from indexer.build.sent import Sent
-from indexer.build.spans import KeptEncoder, compute_spans
+from indexer.build.spans import KeptEncoder, compute_lists
 
 
 def main() -> None:
@@ -18,9 +17,8 @@ def main() -> None:
         with opened(BuildOptions(**coming.next()), sent, lambda spans: []) as (job, part):
             sent.send(Ready(report=BuildReport.of(job), learning=job.learning_seconds))
             with KeptEncoder(job) as kept:
-                while (spans := coming.next()) is not None:
-                    compute_spans(Part(part.path), job, sent, spans, kept=kept)
-                    sent.send(Done())
+                lists = iter(coming.next, None)
+                compute_lists(part, job, sent, lists, kept=kept, done=lambda: sent.send(Done()), wake=coming.wake)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ class _Worker:
 class Processes:
     """Workers that are processes of this machine, on ``devices`` in turn."""
 
+    ahead = 2
+
     def __init__(self, count: int, devices: Sequence[str]) -> None:
         self._devices = devices
         self._threads = max(1, CORES // count)

@@ -46,7 +46,9 @@ def test_many_questions_hold_no_more_than_a_few(built: Path) -> None:
         after_few = held()
         assert after_few[1] >= 1
         ask(20)
-        assert held() == after_few
+        after_many = held()
+        assert after_many[1:] == after_few[1:]
+        assert after_many[0] <= after_few[0]  # those of tests before this one may go meanwhile
     assert held()[1] < after_few[1]
     gc.freeze()
 

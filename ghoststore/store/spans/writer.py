@@ -104,7 +104,7 @@ class BackgroundWriter:
         """Seconds spent writing in the background."""
         self.bytes = 0
         self._save = write
-        self._queue: queue.Queue[SpanData | None] = queue.Queue(maxsize=1)
+        self._queue: queue.Queue[SpanData | Callable[[], None] | None] = queue.Queue(maxsize=1)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="ghoststore-writer", daemon=True)
 
@@ -125,6 +125,11 @@ class BackgroundWriter:
         self.check()
         self._queue.put(data)
 
+    def then(self, call: Callable[[], None]) -> None:
+        """Have the thread call ``call`` when every span that was handed over is committed, or never."""
+        self.check()
+        self._queue.put(call)
+
     def wait(self) -> None:
         """Return when every span that was handed over is committed."""
         self._queue.join()
@@ -138,7 +143,10 @@ class BackgroundWriter:
     def _run(self) -> None:
         while (data := self._queue.get()) is not None:
             if self._error is None:
-                self._write(data)
+                if isinstance(data, SpanData):
+                    self._write(data)
+                else:
+                    data()
             self._queue.task_done()
 
     def _write(self, data: SpanData) -> None:

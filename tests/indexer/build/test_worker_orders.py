@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import ghoststore
+from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
 from ghoststore.settings.build import BuildOptions
 from ghoststore.store import Part, Store
+from ghoststore.store.spans.writer import BackgroundWriter, SpanData, write_span
 from indexer.build import crew, inputs, spans
 from indexer.build.beginning import begin
 from indexer.build.build import opened
@@ -36,11 +39,15 @@ class Told:
     def __init__(self, number: int, report: BuildReport) -> None:
         self.number, self.says = number, [Ready(report=report, learning=0.0)]
         self.orders: list[int] = []
+        """Spans of each."""
+        self.lists: list[int] = []
+        """How many it had, with each."""
 
     def order(self, spans: Sequence[int] | None) -> None:
         if spans is not None:
             self.orders.append(len(spans))
-            self.says = [Done()]
+            self.says.append(Done())
+            self.lists.append(len(self.says))
 
     def end(self) -> None:
         pass
@@ -49,8 +56,8 @@ class Told:
 class Hands:
     """Workers in turn, each as fast as the other."""
 
-    def __init__(self, report: BuildReport) -> None:
-        self.report = report
+    def __init__(self, report: BuildReport, ahead: int = 1) -> None:
+        self.report, self.ahead = report, ahead
         self.all: list[Told] = []
 
     def start(self, number: int, keywords: Mapping[str, Any]) -> Hand:
@@ -62,15 +69,18 @@ class Hands:
             yield hand, hand.says.pop() if hand.says else Death("it was let go")
 
 
-def test_lists_are_shorter_at_the_end(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last are of one span: nobody waits long for another's."""
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_lists_are_shorter_at_the_end(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+    """The last are of one span, and wait for nobody: no worker waits long for another's."""
     monkeypatch.setattr(crew, "PIECES", 2)
     options = options_of(lab, tmp_path / "store", span_rows=1)
     with opened(options, Silent(), lambda spans: []) as (job, part):
         report = BuildReport.of(job)
     count = part.layout.spans
-    hands = Hands(report)
+    hands = Hands(report, ahead)
     build_by(hands, 2, options, Silent())
+    assert [max(hand.lists) for hand in hands.all] == [ahead, ahead]
+    assert [hand.lists[-1] for hand in hands.all] == [1, 1]
     one, other = (hand.orders for hand in hands.all)
     assert sum(one) + sum(other) == count
     assert one[0] == count // 4 > 1
@@ -78,23 +88,71 @@ def test_lists_are_shorter_at_the_end(lab: Lab, tmp_path: Path, monkeypatch: pyt
     assert sorted(one, reverse=True) == one
 
 
-def test_one_encoder_for_all_lists(lab: Lab, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its first batch alone is checked; the bytes are those of one list."""
-    made, encoder = [], spans.row_encoder
+def test_lists_follow_each_other(lab: Lab, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one encoder, whose first batch alone is checked. A list is asked for before the last one is written. The
+    bytes are those of one list.
+    """
+    made, done, encoder, asked = [], [], spans.row_encoder, threading.Event()
     monkeypatch.setattr(spans, "row_encoder", lambda job: made.append(job) or encoder(job))
     options = options_of(lab, tmp_path / "store")
     with opened(options, Silent(), lambda spans: []) as (job, part), spans.KeptEncoder(job) as kept:
-        half = part.layout.spans // 2
-        for only in (range(half), (), range(half, part.layout.spans)):
-            spans.compute_spans(Part(part.path), job, Silent(), only, kept=kept)
+        half, count = part.layout.spans // 2, part.layout.spans
+
+        def lists() -> Iterator[Sequence[int]]:
+            yield range(half)
+            asked.set()
+            yield from ((), range(half, count), range(count))
+
+        def write(part: Part, data: SpanData) -> None:
+            assert data.span < half - 1 or asked.wait(60)
+            write_span(part, data)
+
+        monkeypatch.setattr(spans, "BackgroundWriter", partial(BackgroundWriter, write=write))
+        spans.compute_lists(
+            part, job, Silent(), lists(), kept=kept, done=lambda: done.append(Part(part.path).spans), wake=lambda: None
+        )
     assert len(made) == 1
+    assert done == [list(range(half))] * 2 + [list(range(count))] * 2
     assert lab.tree(tmp_path / "store") == lab.tree(built)
 
 
-def test_no_encoder_where_nothing_is_left(lab: Lab, built: Path) -> None:
+def test_a_list_that_never_comes(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error ends the wait for it, and what was computed before is committed."""
+    options, woken, waits = options_of(lab, tmp_path / "store"), threading.Event(), threading.Event()
+
+    def lists() -> Iterator[Sequence[int]]:
+        yield [0, 1]
+        waits.set()
+        assert woken.wait(60)
+
+    def failing(encoder: Any, rows: Sequence[Any], *others: Any) -> Any:
+        if rows[0].sample.source_row:
+            assert waits.wait(60)
+            raise UsageError("no more")
+        return seal(encoder, rows, *others)
+
+    seal = spans.sealed_span
+    monkeypatch.setattr(spans, "sealed_span", failing)
+    with (
+        opened(options, Silent(), lambda spans: []) as (job, part),
+        spans.KeptEncoder(job) as kept,
+        pytest.raises(UsageError, match="no more"),
+    ):
+        spans.compute_lists(part, job, Silent(), lists(), kept=kept, done=pytest.fail, wake=woken.set)
+    assert Store.open(tmp_path / "store").damaged_part("part").spans == [0]
+
+
+def test_no_encoder_where_nothing_is_left(lab: Lab, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spans, "row_encoder", pytest.fail)
     with opened(options_of(lab, built), Silent(), lambda spans: []) as (job, part), spans.KeptEncoder(job) as kept:
         assert part.complete
-        assert spans.compute_spans(part, job, Silent(), range(part.layout.spans), kept=kept)["compute"] == 0
+        every = range(part.layout.spans)
+        assert spans.compute_spans(part, job, Silent(), every)["compute"] == 0
+        done = []
+        spans.compute_lists(
+            part, job, Silent(), iter([every]), kept=kept, done=lambda: done.append(every), wake=lambda: None
+        )
+    assert done == [every]
 
 
 def test_the_model_is_loaded_while_another_begins(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,16 +197,19 @@ def test_narrow_gradients_that_are_scaled_are_no_second_term(dtype: torch.dtype)
 def test_no_gradient_of_the_logits_is_kept() -> None:
     model = Bare()
     losses = losses_of_logits(lambda model, ids: model(ids))
+    gc.collect()
+    of_others = [x for x in gc.get_objects() if type(x) is Tensor]  # of tests before this one
+    known = set(map(id, of_others))
     with GradDotProdEngine(model, val_batch(VAL[:3]), val_losses=losses) as engine:
         engine.prepare(4)
         logits = model(IDS)
         kept = weakref.ref(logits)
         loss = mean_loss(logits, LABELS)
         engine.watch(loss, labels=LABELS)
-        tensors = [x for x in gc.get_objects() if type(x) is Tensor and x.numel() == logits.numel()]
+        new = [x for x in gc.get_objects() if type(x) is Tensor and id(x) not in known]
+        tensors = [x for x in new if x.numel() == logits.numel()]
         assert {x.untyped_storage().data_ptr() for x in tensors} == {logits.untyped_storage().data_ptr()}
-        del tensors
-        del logits
+        del new, tensors, logits
         gc.collect()
         assert kept() is None
         loss.backward()
