@@ -93,7 +93,8 @@ def compute_lists(
     called, by another thread, when all of a list are committed.
 
     A list is asked for, and read and tokenized, while the one before is computed and written. ``lists`` may wait for
-    the next; ``wake`` is called when none is wanted any more, and must end that. Each list has a bar of progress.
+    the next; ``wake``, which any thread may call, must end that: none is wanted any more. Each list has a bar of
+    progress.
     """
 
     def read() -> Iterator[tuple[Task, int, Sequence[Row] | None]]:
@@ -104,7 +105,7 @@ def compute_lists(
                 yield task, span, rows
             yield task, -1, None
 
-    with BackgroundWriter(part) as writer:
+    with BackgroundWriter(part, failed=wake) as writer:
         for task, span, rows in read_ahead(read(), wake):
             if rows is not None:
                 writer.put(SpanData(span, sealed_span(kept.get(), rows, part, job.inputs.batch_tokens, task)))

@@ -95,15 +95,21 @@ class BackgroundWriter:
     """Writes spans in a thread of its own while the caller computes the next; at most one waits.
 
     ``with BackgroundWriter(target) as writer: writer.put(span_data)``. An error of the thread is raised by the
-    next :meth:`put`, :meth:`wait` or :meth:`check`, or at the end of the block.
+    next :meth:`put`, :meth:`wait` or :meth:`check`, or at the end of the block; ``failed`` is called at once, by the
+    thread.
     """
 
-    def __init__(self, target: Spanned[Any], write: Callable[[Any, SpanData], None] = write_span) -> None:
+    def __init__(
+        self,
+        target: Spanned[Any],
+        write: Callable[[Any, SpanData], None] = write_span,
+        failed: Callable[[], None] | None = None,
+    ) -> None:
         self.target = target
         self.seconds = 0.0
         """Seconds spent writing in the background."""
         self.bytes = 0
-        self._save = write
+        self._save, self._failed = write, failed
         self._queue: queue.Queue[SpanData | Callable[[], None] | None] = queue.Queue(maxsize=1)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="ghoststore-writer", daemon=True)
@@ -155,5 +161,7 @@ class BackgroundWriter:
             self._save(self.target, data)
         except BaseException as error:  # noqa: BLE001 - carried to the caller, which raises it
             self._error = error
+            if self._failed is not None:
+                self._failed()
         self.seconds += time.perf_counter() - started
         self.bytes += sum(v.nbytes for v in data.arrays.values() if isinstance(v, np.ndarray) and v.dtype != object)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,23 +116,34 @@ def test_lists_follow_each_other(lab: Lab, built: Path, tmp_path: Path, monkeypa
     assert lab.tree(tmp_path / "store") == lab.tree(built)
 
 
-def test_a_list_that_never_comes(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error ends the wait for it, and what was computed before is committed."""
-    options, woken, waits = options_of(lab, tmp_path / "store"), threading.Event(), threading.Event()
+@pytest.mark.parametrize("where", ["computed", "written"])
+def test_a_list_that_never_comes(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """An error, also of the thread that writes, ends the wait for it; what was written before is committed."""
+    options, woken, handed_over = options_of(lab, tmp_path / "store"), threading.Event(), threading.Event()
+    seal = spans.sealed_span
 
     def lists() -> Iterator[Sequence[int]]:
         yield [0, 1]
-        waits.set()
         assert woken.wait(60)
 
-    def failing(encoder: Any, rows: Sequence[Any], *others: Any) -> Any:
-        if rows[0].sample.source_row:
-            assert waits.wait(60)
+    def sealed(encoder: Any, rows: Sequence[Any], *others: Any) -> Any:
+        if where == "computed" and rows[0].sample.source_row:
             raise UsageError("no more")
         return seal(encoder, rows, *others)
 
-    seal = spans.sealed_span
-    monkeypatch.setattr(spans, "sealed_span", failing)
+    class Writer(BackgroundWriter):
+        def then(self, call: Callable[[], None]) -> None:
+            super().then(call)
+            handed_over.set()
+
+    def write(part: Part, data: SpanData) -> None:
+        if data.span:
+            assert handed_over.wait(60)
+            raise UsageError("no more")
+        write_span(part, data)
+
+    monkeypatch.setattr(spans, "sealed_span", sealed)
+    monkeypatch.setattr(spans, "BackgroundWriter", partial(Writer, write=write))
     with (
         opened(options, Silent(), lambda spans: []) as (job, part),
         spans.KeptEncoder(job) as kept,
