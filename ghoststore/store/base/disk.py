@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from ghoststore.store.base.writers import (
     unfinished,
     writers,
 )
+from ghoststore.store.base.zarr_writes import settled
 
 
 def flush(path: Path) -> None:
@@ -225,7 +225,8 @@ def create_whole(path: Path, fill: Callable[[Path], None]) -> None:
         temporary.mkdir()
         try:
             with touched(temporary):
-                fill(temporary)
+                with settled():
+                    fill(temporary)
                 # Everything inside before the name, as for a file.
                 for directory, _, names in os.walk(temporary):
                     for name in names:
@@ -233,32 +234,11 @@ def create_whole(path: Path, fill: Callable[[Path], None]) -> None:
                     flush(Path(directory))
             os.rename(temporary, path)  # fails on a folder that holds something
         except BaseException as error:
-            _await_zarr()
             remove(temporary)
             if isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY) and path.is_dir():
                 return
             raise
         flush(path.parent)
-
-
-ZARR_SECONDS = 60.0
-"""The most that unfinished writes of Zarr are waited for."""
-
-
-def _await_zarr() -> None:
-    """Return when Zarr's threads write no more: where one of an array's files fails, the others are still written, and
-    their folders made again.
-    """
-    zarr_loop = sys.modules.get("zarr.core.sync")
-    if zarr_loop is None:
-        return
-    import asyncio
-
-    async def others() -> None:
-        if tasks := asyncio.all_tasks() - {asyncio.current_task()}:
-            await asyncio.wait(tasks, timeout=ZARR_SECONDS)
-
-    zarr_loop.sync(others())
 
 
 def publish_group(folder: Path, attributes: dict[str, Any]) -> None:

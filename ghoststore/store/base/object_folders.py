@@ -17,6 +17,7 @@ from pathlib import Path
 from ghoststore.errors import BusyError
 from ghoststore.store.base.object_path import ObjectPath
 from ghoststore.store.base.objects import side_by_side
+from ghoststore.store.base.zarr_writes import settled
 
 ROOT = "zarr.json"
 INTENT = f".{ROOT}.intent"
@@ -32,7 +33,8 @@ def publish_folder(path: ObjectPath, fill: Callable[[Path], None]) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="ghoststore-") as temporary:
         folder = Path(temporary)
-        fill(folder)
+        with settled():
+            fill(folder)
         names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
         files = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names if name != ROOT}
         with appearing_folder(path, (folder / ROOT).read_bytes(), files) as begun:
