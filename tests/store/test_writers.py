@@ -10,7 +10,7 @@ import shutil
 import socket
 import threading
 import time
-from itertools import count
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +32,11 @@ from ghoststore.store.base.writers import (
     unfinished,
     writers,
 )
+from ghoststore.store.base.zarr_writes import SECONDS, settled
 from ghoststore.store.spans.writer import writing
 from tests.support.runs import make
 from tests.support.writers import HOUR, record
+from tests.support.zarr_failures import half_written
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -277,30 +279,33 @@ def test_the_first_to_finish_names_the_folder(tmp_path: Path) -> None:
 
 
 def test_files_that_zarr_still_writes_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first of two chunks fails; the second comes to its end when the folder would long be removed."""
-    calls, removed, written = count(), threading.Event(), threading.Event()
-
-    def replacing(*paths: Path) -> None:
-        if next(calls) == 0:
-            raise OSError(errno.EIO, "Input/output error")
-        removed.wait(0.5)
-        paths[1].parent.mkdir(parents=True, exist_ok=True)
-        written.set()
+    fill, removed, written = half_written(monkeypatch)
 
     def removing(path: Path) -> None:
         shutil.rmtree(path)
         removed.set()
-
-    def fill(folder: Path) -> None:
-        array = zarr.create_array(folder / "a", shape=(2,), chunks=(1,), dtype="u1")
-        monkeypatch.setattr(os, "replace", replacing)
-        array[:] = 1
 
     monkeypatch.setattr(disk, "remove", removing)
     with pytest.raises(StorageError, match="Input/output error"):
         create_whole(tmp_path / "a", fill)
     assert written.wait(60)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_that_wait_for_zarr_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    zarr.create_array(tmp_path / "a", shape=(2,), chunks=(1,), dtype="u1")[:] = 1  # its loop has begun
+
+    def failing() -> None:
+        with suppress(ValueError), settled():
+            raise ValueError
+
+    for _ in range(20):
+        threads = [threading.Thread(target=failing, daemon=True) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(SECONDS / 2)
+            assert not thread.is_alive()
 
 
 def test_what_the_dead_had_begun_goes_with_the_next_of_its_name(tmp_path: Path) -> None:

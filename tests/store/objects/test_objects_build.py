@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,12 +14,14 @@ import ghoststore
 from ghoststore.errors import BusyError, StorageError
 from ghoststore.processes import this_process
 from ghoststore.store import Store
+from ghoststore.store.base.disk import create_whole
 from ghoststore.store.base.object_path import location
 from ghoststore.store.base.objects import objects_of
 from ghoststore.store.spans.commits import read_commit
 from ghoststore.store.spans.writer import SpanData, write_span
 from tests.support.made_parts import clustered, make_part
 from tests.support.object_server import Request, first
+from tests.support.zarr_failures import half_written
 
 if TYPE_CHECKING:
     from tests.store.objects.conftest import Bucket
@@ -220,3 +224,15 @@ def test_a_store_is_made_while_another_process_looks_whether_it_can_be_written(b
     objects.put("vanishing/parts/.writable.host-1-00000000.0.tmp", b"1")
     bucket.server.seen = vanish
     assert Store.create("s3://bucket/vanishing").part_names() == []
+
+
+def test_nothing_is_left_here_of_what_cannot_be_filled(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill, _, written = half_written(monkeypatch)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(StorageError, match="Input/output error"):
+        create_whole(location("s3://bucket/unfilled"), fill)
+    assert written.wait(60)
+    assert list(tmp_path.iterdir()) == []
+    assert bucket.tree("unfilled") == {}
