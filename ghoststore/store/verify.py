@@ -212,7 +212,10 @@ class Examination:
                 self._unknown.append(StoredFile(file=name, bytes=size_of(path), living=False, **owner))
 
     def _add_leftover(self, owner: Owner, name: str, path: Path, alive: bool) -> None:
-        if path.is_dir() and not any(path.iterdir()):
+        try:
+            if path.is_dir() and not any(path.iterdir()):
+                return
+        except FileNotFoundError:  # its owner has just removed it
             return
         self._leftovers.append(StoredFile(file=name, bytes=size_of(path), living=alive, **owner))
 

@@ -19,7 +19,7 @@ from ghoststore.progress import Progress
 from ghoststore.store import Store
 from ghoststore.store.base.disk import exclusive, storage_errors
 from ghoststore.store.base.object_path import ObjectPath
-from ghoststore.store.base.writers import FORGOTTEN_SECONDS, TOUCH_SECONDS, living, own_id, touched
+from ghoststore.store.base.writers import FORGOTTEN_SECONDS, TOUCH_SECONDS, living, make_folder, own_id, touched
 
 PAUSE, PAUSE_OF_OBJECTS = 0.2, 1.0
 """Seconds between two looks whether the part is there."""
@@ -68,7 +68,7 @@ class _Folder:
     def taken(self, name: str) -> Iterator[None]:
         """Hold it while the block runs. BusyError if another process does."""
         with storage_errors(str(self._folder)):
-            self._folder.mkdir(exist_ok=True)
+            make_folder(self._folder)
         try:
             with ExitStack() as stack:
                 try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import time
@@ -32,6 +33,7 @@ from ghoststore.store.base.manifest import refuse_differences
 from ghoststore.store.base.own import remember
 from ghoststore.store.base.records import digests
 from ghoststore.store.spans.committing import settle
+from ghoststore.store.walk import size_of
 from ghoststore.tokens.manifest import (
     MANIFEST,
     SHARDS,
@@ -178,9 +180,13 @@ def tokenize_as_of(
 
 def _refuse_others(folder: Path) -> None:
     """UsageError for a folder that holds something else."""
-    if (folder.exists() and not folder.is_dir()) or (
-        folder.is_dir() and not (folder / MANIFEST).exists() and any(folder.iterdir())
-    ):
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        names = ["."]
+    if names and MANIFEST not in names:
         raise UsageError(f"`out={folder}` is there and holds no token shards; give a new folder")
 
 
@@ -246,9 +252,17 @@ def _create(folder: Path, manifest: dict[str, Any], tokenizer: Any) -> None:
 
     with storage_errors(str(folder)):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        _remove_empty(folder)
     create_whole(folder, fill)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove ``folder`` if it is an empty one; another process may be as far, and ahead of us."""
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 def _refuse_mismatch(folder: Path, manifest: dict[str, Any], progress: Progress) -> None:
@@ -338,7 +352,6 @@ def _report(shards: TokenShards, work: _Work, seconds: dict[str, float]) -> Toke
         for name, some, many in zip(names, samples, tokens.tolist(), strict=True)
         if some
     ]
-    files = (path for path in shards.folder.rglob("*") if path.is_file())
     return TokenizeReport(
         out=str(shards.folder),
         samples=shards.samples,
@@ -351,7 +364,7 @@ def _report(shards: TokenShards, work: _Work, seconds: dict[str, float]) -> Toke
         tokenizer_fingerprint=shards.tokenizer_identity["fingerprint"],
         corpus_fingerprint=shards.corpus_fingerprint,
         repeated_ids=shards.repeated_ids,
-        bytes_on_disk=sum(path.stat().st_size for path in files),
+        bytes_on_disk=size_of(shards.folder),
         resumed_samples=work.resumed_samples,
         written_tokens=work.tokens,
         workers=work.workers,

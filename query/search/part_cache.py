@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -169,8 +170,11 @@ class PartCache:
 def keep_newest(part: Part, pattern: str, count: int) -> None:
     """Remove all but the ``count`` newest records that match ``pattern``, and their files."""
     folder = part.caches / FOLDER
-    records = sorted(folder.glob(f"{pattern}.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for record in records[count:]:
+    written: dict[Path, float] = {}
+    for record in folder.glob(f"{pattern}.json"):
+        with suppress(FileNotFoundError):  # another query has just removed it
+            written[record] = record.stat().st_mtime
+    for record in sorted(written, key=written.__getitem__, reverse=True)[count:]:
         record.unlink(missing_ok=True)
         for data in folder.glob(f"{record.name.removesuffix('.json')}-*.npy"):
             data.unlink(missing_ok=True)

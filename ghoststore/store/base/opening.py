@@ -117,6 +117,16 @@ def refuse_links(folder: Path) -> None:
         raise CorruptError(f"{link} is a link, and inside {folder} none is followed; put the file itself there")
 
 
+def is_no_folder(path: Path) -> bool:
+    """Whether something else than a folder is at ``path``, which is looked at once: a folder may come and go."""
+    if isinstance(path, ObjectPath):
+        return path.is_file()
+    try:
+        return not stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
 def size_of(path: Path, within: Path | None = None) -> int:
     """Bytes of a regular file. Raises as :func:`open_regular`."""
     if isinstance(path, ObjectPath):

@@ -275,7 +275,7 @@ def _write(folder: Path, what: str, parameter: str | None, shared: bool) -> Path
     record = folder / _record_name(own_id(), shared)
     value = {**this_process(), "command": _command(), "since": time.time()}
     while True:
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         try:
             with open(record, "x", encoding="utf-8") as file:
                 json.dump(value, file)
@@ -284,6 +284,14 @@ def _write(folder: Path, what: str, parameter: str | None, shared: bool) -> Path
             raise BusyError(busy(what, parameter, [])) from None  # another thread of this process writes
         except FileNotFoundError:
             continue  # its last writer has just removed the folder
+
+
+def make_folder(folder: Path) -> None:
+    """Make ``folder`` unless it is there. Another process may remove it at any moment, which `Path.mkdir` answers with
+    FileExistsError if it comes between its two steps.
+    """
+    with suppress(FileExistsError):
+        os.mkdir(folder)
 
 
 @contextmanager

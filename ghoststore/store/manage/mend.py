@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -108,11 +109,7 @@ def make_way(folder: Path, name: str, owner: dict[str, str]) -> list[Mended]:
     path, last = folder, folder / name
     for component in Path(name).parts:
         path /= component
-        if path == last and not name.endswith("/"):
-            fits = path.is_file()
-        else:
-            fits = path.is_dir()
-        if not fits and os.path.lexists(path):
+        if _is_other(path, folder=path != last or name.endswith("/")):
             with storage_errors(str(path)):
                 to = next(free for n in count() if not os.path.lexists(free := _moved_name(path, n)))
                 os.rename(path, to)
@@ -120,6 +117,19 @@ def make_way(folder: Path, name: str, owner: dict[str, str]) -> list[Mended]:
             how = f"something else stood there, and is called {to.name} now"
             return [Mended(file=path.relative_to(folder).as_posix(), how=how, **owner)]
     return []
+
+
+def _is_other(path: Path, *, folder: bool) -> bool:
+    """Whether something else than a folder, or than a file, is at ``path``. It is looked at once: the folder of a
+    living writer may come and go.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return False
+    if stat.S_ISLNK(mode):
+        return not (path.is_dir() if folder else path.is_file())
+    return not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode))
 
 
 def _moved_name(path: Path, number: int) -> Path:
