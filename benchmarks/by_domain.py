@@ -22,7 +22,6 @@ from frontier import Case, Judge, dense, in_metrics, loaded
 from hybrid import scores_of, texts_of
 from lds import shown
 from numpy.typing import NDArray
-from rerank import paired
 from transformers.utils.logging import disable_progress_bar
 
 import ghoststore
@@ -34,6 +33,7 @@ from query.ask.lexical import WordIndex
 from query.ask.question import Question
 from query.ask.scorer import open_scorer
 from query.ask.second_stage import Reranking, exact_scores
+from query.evaluate.lds import lds_difference
 from query.evaluate.tf_idf import TfIdf
 
 Scores = NDArray[np.float64]
@@ -157,7 +157,8 @@ def main(name: str, work: Path, halves: int, workers: int, out: Path) -> None:
         first = scores_VN if first is None else first
         of = {domain: Judge(kept_MN, losses_VM[rows]).of(scores_VN[rows]) for domain, rows in domains.items()}
         less = {
-            domain: paired(scores_VN[rows], first[rows], kept_MN, losses_VM[rows]) for domain, rows in domains.items()
+            domain: lds_difference(scores_VN[rows], first[rows], kept_MN, losses_VM[rows])
+            for domain, rows in domains.items()
         }
         values.append({"way": label} | {domain: shown(value) for domain, value in of.items()})
         if first is not scores_VN:

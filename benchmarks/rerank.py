@@ -31,8 +31,7 @@ from query.ask import second_stage
 from query.ask.question import Question
 from query.ask.scorer import Scorer, open_scorer
 from query.ask.second_stage import DAMPING, SAMPLES, STEPS, Reranking, exact_scores
-from query.common.rank_correlation import spearman
-from query.evaluate.lds import LEVEL, RESAMPLES, Lds
+from query.evaluate.lds import Lds, lds_difference
 from query.exact.gauss_newton import Blocks, GaussNewton
 
 PART = "onebit (default)"
@@ -56,25 +55,6 @@ TRIED = (1, 2, 4, 8, 16)
 """Steps of conjugate gradients to choose from."""
 GRID = ((128, 0.1, 16), (128, 0.01, 16), (128, 1.0, 8), (32, 0.1, 8), (64, 0.1, 8), (256, 0.1, 8))
 """(rows, damping, most steps) to choose from."""
-
-
-def paired(
-    one_VN: NDArray[np.float64],
-    other_VN: NDArray[np.float64],
-    kept_MN: NDArray[np.bool_],
-    losses_VM: NDArray[np.float64],
-) -> Lds:
-    """LDS of one less that of the other, with an interval by resampling the trainings for both at once."""
-    pair = [scores @ kept_MN.T.astype(np.float64) for scores in (one_VN, other_VN)]
-
-    def of(chosen: Any) -> float:
-        one, other = (float(spearman(x[:, chosen], -losses_VM[:, chosen]).mean()) for x in pair)
-        return one - other
-
-    rng, halves = np.random.default_rng(0), len(kept_MN)
-    resampled = [of(rng.integers(0, halves, halves)) for _ in range(RESAMPLES)]
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Lds(value=of(slice(None)), low=float(low), high=float(high), targets=len(losses_VM))
 
 
 def evenly(count: int, among: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -126,7 +106,7 @@ class Asked:
         return self._filled(exact_scores(self.scorer, how, self.rows_U, Silent()))
 
     def less(self, one_VN: NDArray[np.float64], other_VN: NDArray[np.float64]) -> Lds:
-        return paired(one_VN, other_VN, self.judge.kept_MN, self.judge.losses_VM)
+        return lds_difference(one_VN, other_VN, self.judge.kept_MN, self.judge.losses_VM)
 
     def _filled(self, scores_VU: NDArray[np.float64]) -> NDArray[np.float64]:
         """(V, N): 0 for rows without a vector."""

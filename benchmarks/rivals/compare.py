@@ -29,14 +29,13 @@ sys.path.insert(0, str(HERE.parent))
 from common import Results, Table, machine_facts  # noqa: E402
 from frontier import Case  # noqa: E402
 from lds import MAX_LENGTH, demo_files, shown  # noqa: E402
-from rerank import paired  # noqa: E402
 from training_scores import own_groups  # noqa: E402
 
 from ghoststore import Corpus  # noqa: E402
 from ghoststore.checkpoint.load import find_checkpoint, load_tokenizer  # noqa: E402
 from indexer.encode.tokens import Tokenizer, TokenSettings, rows_of  # noqa: E402
 from query.demo.corpus import read_corpus  # noqa: E402
-from query.evaluate.lds import Lds, lds  # noqa: E402
+from query.evaluate.lds import Lds, lds, lds_difference  # noqa: E402
 
 QUESTIONS = {"val_facts": "its words", "val_facts_paraphrased": "other words", "val_facts_inflected": "no shared word"}
 SCRIPTS = {"ghoststore": "of_ghoststore", "bergson": "of_bergson", "dattri-llm": "of_dattri_llm", "dattri": "of_dattri"}
@@ -195,7 +194,7 @@ class Judged:
 
     def difference(self, one_VN: NDArray[np.float64], other_VN: NDArray[np.float64], places: list[int]) -> Lds:
         """LDS of one less that of the other, with an interval by resampling the trainings for both at once."""
-        return paired(one_VN, other_VN, self.kept_MN, self.losses_VM[places])
+        return lds_difference(one_VN, other_VN, self.kept_MN, self.losses_VM[places])
 
 
 def write_rows(data: Path, tokenizer: Tokenizer, path: Path) -> int:

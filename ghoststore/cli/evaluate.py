@@ -31,7 +31,7 @@ def command(keywords: options.Keywords, printing: Printing) -> None:
 
 
 def _print(report: Any) -> None:
-    from ghoststore.cli.terminal import print_table
+    from ghoststore.cli.terminal import print_facts, print_table
 
     settings, groups = report.settings, len(report.settings["groups"])
     if report.lds:
@@ -44,6 +44,10 @@ def _print(report: Any) -> None:
             ],
             [[lds.method, _interval(lds.samples), _interval(lds.groups)] for lds in report.lds],
         )
+        with_words = [lds for lds in report.lds if lds.words_add is not None]
+        if with_words:
+            title = f"What words at {settings['lexical']:g} add to each val sample"
+            print_facts(title, [(lds.method, _words(lds.words_add, settings["lexical"])) for lds in with_words])
     if report.removal:
         print_table(
             f"Val loss after training without {settings['drop']:.0%} of the samples, and against random ones",
@@ -62,6 +66,17 @@ def _print(report: Any) -> None:
                 for patch in report.tail_patch
             ],
         )
+
+
+def _words(added: Any, weight: float) -> str:
+    """What words add, and what to do."""
+    if added.low > 0:
+        advice = f"ask with `ghoststore query --lexical {weight:g}`"
+    elif added.high < 0:
+        advice = "ask without `--lexical`"
+    else:
+        advice = "it may be chance; more `--halves` tell"
+    return f"{_interval(added)}: {advice}"
 
 
 def _interval(score: Any) -> str:

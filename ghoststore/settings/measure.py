@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 Parameters = Literal["all", "projected"]
 METHODS = ("dot", "cosine", "preconditioned-dot", "preconditioned-cosine", "bm25", "tf-idf", "random")
 """The methods that are evaluated by default."""
+LEXICAL = 0.1
+"""The weight of words that is evaluated by default: the best of `benchmarks/results/hybrid.md`."""
 
 
 @options
@@ -132,7 +134,8 @@ class EvaluateOptions(
     damping: float | None = option(None, "Damping of the preconditioned methods (default: 0.1).", "Scoring")
     lexical: float | None = option(
         None,
-        "Each method of the part's vectors once more, blended with BM25 as by `ghoststore query --lexical W`.",
+        "Each method of the part's vectors once more, blended with BM25 as by `ghoststore query --lexical W` (default: "
+        f"the one by which `query` ranks, at {LEXICAL}; 0: none).",
         "Scoring",
         metavar="W",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,16 @@ from ghoststore.corpus import Fields, source_name, source_of
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import part_of, takes
-from ghoststore.settings.measure import METHODS, EvaluateOptions
+from ghoststore.settings.measure import LEXICAL, METHODS, EvaluateOptions
 from ghoststore.settings.option import check_at_least
 from ghoststore.settings.shared import Data
 from ghoststore.store import Part, Store
+from ghoststore.store.part.metric import default_metric
 from indexer.training.patch import Patch
 from indexer.training.retrain import Recipe
 from query.ask.question import Question
-from query.evaluate.lds import Lds, half, lds
-from query.evaluate.predictors import EXACT, grouped
+from query.evaluate.lds import Lds, half, lds, lds_difference
+from query.evaluate.predictors import EXACT, WITH_WORDS, grouped
 from query.evaluate.removal import Removal, removal_of, without_best
 from query.evaluate.tail_patch import TailPatch, TailPatches
 from query.evaluate.task import Scored, Task
@@ -46,6 +47,8 @@ class Evaluated:
     """None for a method that scores only the whole val set, or only its groups."""
     groups: Lds
     """Over the domains of the val set, or over the whole val set if it has no domains."""
+    words_add: Lds | None = None
+    """Of a method with words: ``samples`` less those of the method without, an interval by the same resamples."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +86,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
     and are computed only if ``methods`` names one of them.
 
     ``lexical`` adds each method of the part's vectors once more, blended with BM25 at this weight: ``dot+bm25``, ….
+    Without it that is done for the method by which ``ghoststore.query`` ranks, at 0.1; with 0 for none.
 
     If ``part`` names several parts, the methods are those of the first one. ``checkpoints-dot`` and
     ``checkpoints-cosine`` then are the sums over all, weighted by ``part_weights`` as in ``ghoststore.query``. ``run``
@@ -113,6 +117,7 @@ def _evaluate(options: EvaluateOptions) -> EvaluateReport:
         options.methods,
         options.damping,
         None if options.run is None else Store.open(options.store).run(options.run),
+        _with_words(options, task.part),
         options.weight,
     )
     trainings = _Trainings(
@@ -124,10 +129,13 @@ def _evaluate(options: EvaluateOptions) -> EvaluateReport:
     halved = trainings.losses(masks) if "lds" in options.tests else {}
     scored: dict[str, Scored] = {}
     correlations = []
+    last: Scored | None = None
     for method, compute in score_of.items():
         scores = compute()
         if "lds" in options.tests:
-            correlations.append(_lds_of(task, method, scores, np.stack(list(masks.values())), halved))
+            without = last if method.endswith(WITH_WORDS) else None  # which comes just before
+            correlations.append(_lds_of(task, method, scores, np.stack(list(masks.values())), halved, without))
+        last = scores
         scored[method] = replace(scores, samples_VN=None)  # (V, N) is large
     settings = {
         "tests": list(options.tests),
@@ -135,6 +143,7 @@ def _evaluate(options: EvaluateOptions) -> EvaluateReport:
         "drop": options.drop,
         "top_k": options.top_k,
         "repeats": options.repeats,
+        "lexical": _lexical(options),
         "weight": None if options.run is None else options.weight,
     }
     return EvaluateReport(
@@ -171,9 +180,21 @@ def _question(options: EvaluateOptions, task: Task, device: str) -> Question:
         each=True,
         fields=options.fields,
         max_samples=options.max_val_samples,
-        lexical=options.lexical,
+        lexical=_lexical(options),
         device=device,
     )
+
+
+def _lexical(options: EvaluateOptions) -> float | None:
+    """The weight of words; None for none."""
+    return (LEXICAL if options.lexical is None else options.lexical) or None
+
+
+def _with_words(options: EvaluateOptions, part: Part) -> Sequence[str]:
+    """The methods that are blended with words, too: all if a weight was given, else that by which a query ranks."""
+    if options.lexical is not None:
+        return options.methods if options.lexical else ()
+    return [default_metric(part.manifest["projection"])]
 
 
 def _facts(task: Task, val_set: Data) -> dict[str, Any]:
@@ -223,13 +244,22 @@ class _Trainings:
 
 
 def _lds_of(
-    task: Task, method: str, scored: Scored, kept_MN: NDArray[np.bool_], halved: Mapping[str, NDArray[np.float64]]
+    task: Task,
+    method: str,
+    scored: Scored,
+    kept_MN: NDArray[np.bool_],
+    halved: Mapping[str, NDArray[np.float64]],
+    without_words: Scored | None,
 ) -> Evaluated:
     losses_VM = np.stack(list(halved.values()), axis=1)
+    words_add = None
+    if without_words is not None and without_words.samples_VN is not None and scored.samples_VN is not None:
+        words_add = lds_difference(scored.samples_VN, without_words.samples_VN, kept_MN, losses_VM)
     return Evaluated(
         method=method,
         samples=None if scored.samples_VN is None else lds(scored.samples_VN, kept_MN, losses_VM),
         groups=lds(np.stack(list(scored.groups.values())), kept_MN, grouped(losses_VM, task.places(scored))),
+        words_add=words_add,
     )
 
 

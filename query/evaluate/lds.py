@@ -46,6 +46,26 @@ def lds(scores_QN: NDArray[np.float64], kept_MN: NDArray[np.bool_], losses_QM: N
     The interval is between percentiles of 1,000 resamples of the halves, with replacement and a fixed seed. A val
     sample whose losses or predictions are all equal counts as 0. ValueError for fewer than 3 halves.
     """
+    return _with_interval(*_resampled(scores_QN, kept_MN, losses_QM), len(scores_QN))
+
+
+def lds_difference(
+    one_QN: NDArray[np.float64],
+    other_QN: NDArray[np.float64],
+    kept_MN: NDArray[np.bool_],
+    losses_QM: NDArray[np.float64],
+) -> Lds:
+    """The LDS of one less that of the other, paired: each resample of the halves is the same for both."""
+    (value, resampled), (less, less_resampled) = (
+        _resampled(scores_QN, kept_MN, losses_QM) for scores_QN in (one_QN, other_QN)
+    )
+    return _with_interval(value - less, resampled - less_resampled, len(one_QN))
+
+
+def _resampled(
+    scores_QN: NDArray[np.float64], kept_MN: NDArray[np.bool_], losses_QM: NDArray[np.float64]
+) -> tuple[float, NDArray[np.float64]]:
+    """(LDS, that of each resample)."""
     if len(kept_MN) < 3:
         raise ValueError(f"a rank correlation needs at least 3 halves, not {len(kept_MN)}")
     predicted_QM = scores_QN @ kept_MN.T.astype(np.float64)
@@ -56,5 +76,9 @@ def lds(scores_QN: NDArray[np.float64], kept_MN: NDArray[np.bool_], losses_QM: N
     for place in range(RESAMPLES):
         chosen = rng.integers(0, len(kept_MN), len(kept_MN))
         resampled[place] = spearman(predicted_QM[:, chosen], actual_QM[:, chosen]).mean()
+    return value, resampled
+
+
+def _with_interval(value: float, resampled: NDArray[np.float64], targets: int) -> Lds:
     low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Lds(value=value, low=float(low), high=float(high), targets=len(scores_QN))
+    return Lds(value=value, low=float(low), high=float(high), targets=targets)

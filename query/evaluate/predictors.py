@@ -25,6 +25,8 @@ GRADIENTS: dict[str, dict[str, Any]] = {
     "preconditioned-cosine": {"metric": "cosine", "precondition": "second-moment"},
 }
 """Methods that use the vectors of a store, with the options of their question."""
+WITH_WORDS = "+bm25"
+"""What the name of a method that is blended with words ends with."""
 BASELINES = ("bm25", "tf-idf", "random")
 """Methods that use no gradients."""
 EXACT: dict[str, tuple[tuple[Share, ...], Metric]] = {

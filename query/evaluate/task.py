@@ -6,7 +6,7 @@ Legend: V val samples, G val groups, N samples of the corpus.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
@@ -43,6 +43,7 @@ from query.evaluate.predictors import (
     BASELINES,
     EXACT,
     GRADIENTS,
+    WITH_WORDS,
     by_sample,
     grouped,
     random_scores,
@@ -205,13 +206,14 @@ class Task:
         methods: Sequence[str],
         damping: float | None,
         run: Run | None,
+        with_words: Collection[str] = (),
         step_weight: StepWeight = WeightOption.weight,
     ) -> dict[str, Callable[[], Scored]]:
         """For each method a function that computes its scores.
 
         The first of ``parts`` is the part of this task. The methods ``checkpoints-…`` sum over all ``parts`` with
         ``weights``; the values of ``run`` count a step with ``step_weight``. ``base`` is the question that the methods
-        vary; its val set is encoded here, once. With its ``lexical``, gradients come without and with words.
+        vary; its val set is encoded here, once. Those of ``with_words`` come once more, blended by its ``lexical``.
 
         UsageError for a method that is impossible for the part, and if the usable val samples are not those of the
         trainings.
@@ -237,8 +239,8 @@ class Task:
                 question = replace(question, damping=damping)
             of_gradients = partial(self._of_gradients, question, parts[:1], [1.0], vals[:1])
             score_of[method] = of_gradients
-            if base.lexical is not None:
-                score_of[f"{method}+bm25"] = partial(of_gradients, bm25)
+            if method in with_words:
+                score_of[method + WITH_WORDS] = partial(of_gradients, bm25)
         if several:
             for metric in METRICS:
                 score_of[f"checkpoints-{metric}"] = partial(

@@ -22,7 +22,7 @@ from ghoststore.corpus import Fields
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from indexer.training.retrain import Recipe, Retrainer, Retraining
 from query.common.rank_correlation import mean_ranks, spearman
-from query.evaluate.lds import half, lds
+from query.evaluate.lds import half, lds, lds_difference
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -164,6 +164,7 @@ def test_every_method(folder: Path, done: Path, tmp_path: Path) -> None:
     by_method = {one.method: one for one in report.lds}
     assert list(by_method) == [
         "dot",
+        "dot+bm25",
         "cosine",
         "preconditioned-dot",
         "preconditioned-cosine",
@@ -229,9 +230,41 @@ def test_words_and_gradients(folder: Path, done: Path, tmp_path: Path) -> None:
             blend[place, hit.source_row], words[place, hit.source_row] = hit.score, hit.bm25
     assert by_method["dot+bm25"] == lds(blend, kept, losses)
     assert by_method["bm25"] == lds(words, kept, losses)
+    (added,) = (one.words_add for one in report.lds if one.words_add is not None)
+    assert added.value == pytest.approx(by_method["dot+bm25"].value - by_method["dot"].value)
+    assert added.low <= added.value <= added.high
     with pytest.raises(UsageError, match="`lexical` must be between 0"):
         evaluate(folder, tmp_path / "none", lexical=2.0)
     assert not (tmp_path / "none" / "trainings").exists()
+
+
+def test_words_by_default(folder: Path, done: Path, tmp_path: Path) -> None:
+    """Beside the method by which a query ranks, at the weight that the option names; 0 leaves them out."""
+    out = shutil.copytree(done, tmp_path / "out")
+    methods = ["cosine", "dot"]
+    report = evaluate(folder, out, methods=methods)
+    assert [one.method for one in report.lds] == ["cosine", "dot", "dot+bm25"]
+    assert report.settings["lexical"] == 0.1
+    same = evaluate(folder, out, methods=["dot"], lexical=0.1)
+    assert same.lds == report.lds[1:]
+    none = evaluate(folder, out, methods=methods, lexical=0)
+    assert none.lds == report.lds[:2]
+    assert none.settings["lexical"] is None
+
+
+def test_a_difference_is_paired() -> None:
+    """Of the same scores it is nothing, in every resample; of others what both have, though each is uncertain."""
+    rng = np.random.default_rng(0)
+    effects = rng.standard_normal((20, 60))
+    kept = np.stack([half(0, number, 60) for number in range(40)])
+    losses = -(effects @ kept.T) + 20 * rng.standard_normal((20, 40))
+    noisy = effects + 0.2 * rng.standard_normal((20, 60))
+    one, other, none = lds(effects, kept, losses), lds(noisy, kept, losses), lds_difference(noisy, noisy, kept, losses)
+    assert (none.value, none.low, none.high, none.targets) == (0.0, 0.0, 0.0, 20)
+    less = lds_difference(effects, noisy, kept, losses)
+    assert less.value == pytest.approx(one.value - other.value)
+    assert less.low <= less.value <= less.high
+    assert less.high - less.low < one.high - one.low
 
 
 @pytest.mark.slow
@@ -273,7 +306,13 @@ def test_workers_find_the_same(folder: Path, done: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_removal(lab: Lab, folder: Path, tmp_path: Path) -> None:
     """The masks by hand, the losses those of trainings on them, resumed like any other."""
-    settings: dict[str, Any] = {"tests": ["removal"], "methods": ["dot", "random"], "drop": 0.2, "repeats": 2}
+    settings: dict[str, Any] = {
+        "tests": ["removal"],
+        "methods": ["dot", "random"],
+        "lexical": 0,
+        "drop": 0.2,
+        "repeats": 2,
+    }
     report = evaluate(folder, tmp_path / "out", **settings)
     (one,) = report.removal
     assert (one.method, report.lds, report.tail_patch) == ("dot", [], [])
@@ -411,4 +450,8 @@ def test_command(lab: Lab, folder: Path, done: Path, tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.err
     assert "cosine" in outcome.out
     assert "LDS over 4 trainings" in outcome.out
+    assert "words" not in outcome.out  # a query of this part ranks by the product
+    with_words = lab.run(*common, "--method", "dot").out
+    assert "What words at 0.1 add to each val sample" in with_words
+    assert "dot+bm25" in with_words
     assert lab.run(*common, "--json").json["lds"][0]["method"] == "cosine"
