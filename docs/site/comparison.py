@@ -39,12 +39,12 @@ def prediction() -> str:
     """How well each way predicts trainings, on both corpora."""
     demo, real = rows_of(results("demo"), 0), rows_of(results("real"), 0)
     rows = []
-    for key, row in demo.items():
-        if "(" not in row["LDS"]:  # not measured on all val rows, or it failed
+    for key in dict.fromkeys((*real, *demo)):
+        found = [corpus.get(key, {}) for corpus in (demo, real)]
+        if not any("(" in row.get("LDS", "") for row in found):  # not measured on all val rows, or it failed
             continue
-        there = real.get(key, {})
-        cells = (row["LDS"], row["− default"], there.get("LDS", NOT_THERE), there.get("− default", NOT_THERE))
-        rows.append((row["library"], row["way"], *cells))
+        cells = [row.get(column, NOT_THERE) for row in found for column in ("LDS", "− default")]
+        rows.append((next(row["library"] for row in found if row), key[1], *cells))
     head = ("library", "way", "demo: LDS", "− ghoststore's default", "real text: LDS", "− ghoststore's default")
     return table(head, rows)
 
