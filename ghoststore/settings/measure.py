@@ -37,7 +37,7 @@ Parameters = Literal["all", "projected"]
 METHODS = ("dot", "cosine", "preconditioned-dot", "preconditioned-cosine", "bm25", "tf-idf", "random")
 """The methods that are evaluated by default."""
 LEXICAL = 0.1
-"""The weight of words that is evaluated by default: the best of `benchmarks/results/hybrid.md`."""
+"""The weight of words that is evaluated by default, and that `query` recommends (`benchmarks/results/hybrid.md`)."""
 
 
 @options

@@ -185,8 +185,8 @@ def _refuse_others(folder: Path) -> None:
     except FileNotFoundError:
         return
     except NotADirectoryError:
-        names = ["."]
-    if names and MANIFEST not in names:
+        names = None
+    if names is None or (names and MANIFEST not in names):
         raise UsageError(f"`out={folder}` is there and holds no token shards; give a new folder")
 
 

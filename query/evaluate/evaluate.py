@@ -130,12 +130,12 @@ def _evaluate(options: EvaluateOptions) -> EvaluateReport:
     scored: dict[str, Scored] = {}
     correlations = []
     last: Scored | None = None
+    """Before a method with words: the one without."""
     for method, compute in score_of.items():
         scores = compute()
         if "lds" in options.tests:
-            without = last if method.endswith(WITH_WORDS) else None  # which comes just before
-            correlations.append(_lds_of(task, method, scores, np.stack(list(masks.values())), halved, without))
-        last = scores
+            correlations.append(_lds_of(task, method, scores, np.stack(list(masks.values())), halved, last))
+        last = scores if method + WITH_WORDS in score_of else None
         scored[method] = replace(scores, samples_VN=None)  # (V, N) is large
     settings = {
         "tests": list(options.tests),
@@ -143,7 +143,7 @@ def _evaluate(options: EvaluateOptions) -> EvaluateReport:
         "drop": options.drop,
         "top_k": options.top_k,
         "repeats": options.repeats,
-        "lexical": _lexical(options),
+        "lexical": _lexical(options) if any(method.endswith(WITH_WORDS) for method in score_of) else None,
         "weight": None if options.run is None else options.weight,
     }
     return EvaluateReport(

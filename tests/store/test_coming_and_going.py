@@ -7,9 +7,13 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
 import ghoststore
+from ghoststore.errors import StorageError
 from ghoststore.store import Store
-from ghoststore.store.base.opening import is_no_folder
+from ghoststore.store.base.disk import exclusive
+from ghoststore.store.base.opening import is_other
 from ghoststore.store.base.writers import FOLDER, at_work
 from ghoststore.store.manage.mend import make_way
 from ghoststore.store.part.caches import SECOND_MOMENT
@@ -49,10 +53,25 @@ def test_what_stands_in_the_way_of_a_writer(tmp_path: Path) -> None:
             assert writers_problem(tmp_path) is None
             assert make_way(tmp_path, f"{FOLDER}/", {}) == []
     shutil.rmtree(tmp_path / FOLDER, ignore_errors=True)
-    assert not is_no_folder(tmp_path / FOLDER)
-    (tmp_path / FOLDER).write_text("x")
-    assert is_no_folder(tmp_path / FOLDER)
+    assert not is_other(tmp_path / FOLDER, folder=True)
+
+
+@pytest.mark.parametrize("other", ["a file", "a link to nothing", "a link to a file"])
+def test_something_else_in_the_place_of_writers(other: str, tmp_path: Path) -> None:
+    """It is named, and nobody waits for it to go."""
+    (tmp_path / "file").write_text("x")
+    if other == "a file":
+        (tmp_path / FOLDER).write_text("x")
+    else:
+        (tmp_path / FOLDER).symlink_to("file" if other == "a link to a file" else "gone")
+    assert is_other(tmp_path / FOLDER, folder=True)
     assert "no folder" in str(writers_problem(tmp_path))
+    with pytest.raises(StorageError, match="File exists"), exclusive(tmp_path, "it"):
+        pass
+    (moved,) = make_way(tmp_path, f"{FOLDER}/", {})
+    assert moved.file == FOLDER
+    with exclusive(tmp_path, "it"):
+        pass
 
 
 def test_the_record_of_a_cache_goes(tmp_path: Path) -> None:

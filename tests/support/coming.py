@@ -31,5 +31,6 @@ def coming_and_going(folders: Iterable[Path]) -> Generator[None]:
             assert process.stdout is not None
             process.stdout.readline()
             yield
+            assert process.poll() is None, "it did not go on to the end"
         finally:
             process.kill()

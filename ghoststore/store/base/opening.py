@@ -117,14 +117,19 @@ def refuse_links(folder: Path) -> None:
         raise CorruptError(f"{link} is a link, and inside {folder} none is followed; put the file itself there")
 
 
-def is_no_folder(path: Path) -> bool:
-    """Whether something else than a folder is at ``path``, which is looked at once: a folder may come and go."""
+def is_other(path: Path, *, folder: bool) -> bool:
+    """Whether something else than a folder, or than a file, is at ``path``, such as a link to nothing. It is looked at
+    once: the folder of a living writer may come and go.
+    """
     if isinstance(path, ObjectPath):
-        return path.is_file()
+        return path.is_file() if folder else path.is_dir()
     try:
-        return not stat.S_ISDIR(os.stat(path).st_mode)
+        mode = os.lstat(path).st_mode
     except OSError:
         return False
+    if stat.S_ISLNK(mode):
+        return not (path.is_dir() if folder else path.is_file())
+    return not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode))
 
 
 def size_of(path: Path, within: Path | None = None) -> int:

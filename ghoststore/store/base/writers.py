@@ -31,6 +31,7 @@ from typing import Any
 from ghoststore.errors import BusyError
 from ghoststore.processes import HOST_PROCESSES, boot, id_space, is_gone, runs, this_process, uptime
 from ghoststore.store.base.object_path import ObjectPath
+from ghoststore.store.base.opening import is_other
 
 FOLDER = ".writers"
 SHARED = ".shared"
@@ -288,10 +289,13 @@ def _write(folder: Path, what: str, parameter: str | None, shared: bool) -> Path
 
 def make_folder(folder: Path) -> None:
     """Make ``folder`` unless it is there. Another process may remove it at any moment, which `Path.mkdir` answers with
-    FileExistsError if it comes between its two steps.
+    FileExistsError if it comes between its two steps. FileExistsError if something else is there.
     """
-    with suppress(FileExistsError):
+    try:
         os.mkdir(folder)
+    except FileExistsError:
+        if is_other(folder, folder=True):
+            raise
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from ghoststore.errors import CorruptError, GhostStoreError
 from ghoststore.store.base.disk import flush, publish, replace, storage_errors
 from ghoststore.store.base.manifest import manifest_of
 from ghoststore.store.base.names import MOVED_ASIDE
+from ghoststore.store.base.opening import is_other
 from ghoststore.store.base.records import FileRecord, seal
 from ghoststore.store.base.writers import FOLDER as WRITERS
 from ghoststore.store.part.caches import FOLDERS, caches, drop
@@ -109,7 +109,7 @@ def make_way(folder: Path, name: str, owner: dict[str, str]) -> list[Mended]:
     path, last = folder, folder / name
     for component in Path(name).parts:
         path /= component
-        if _is_other(path, folder=path != last or name.endswith("/")):
+        if is_other(path, folder=path != last or name.endswith("/")):
             with storage_errors(str(path)):
                 to = next(free for n in count() if not os.path.lexists(free := _moved_name(path, n)))
                 os.rename(path, to)
@@ -117,19 +117,6 @@ def make_way(folder: Path, name: str, owner: dict[str, str]) -> list[Mended]:
             how = f"something else stood there, and is called {to.name} now"
             return [Mended(file=path.relative_to(folder).as_posix(), how=how, **owner)]
     return []
-
-
-def _is_other(path: Path, *, folder: bool) -> bool:
-    """Whether something else than a folder, or than a file, is at ``path``. It is looked at once: the folder of a
-    living writer may come and go.
-    """
-    try:
-        mode = os.lstat(path).st_mode
-    except OSError:
-        return False
-    if stat.S_ISLNK(mode):
-        return not (path.is_dir() if folder else path.is_file())
-    return not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode))
 
 
 def _moved_name(path: Path, number: int) -> Path:

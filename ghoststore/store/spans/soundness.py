@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from ghoststore.errors import CorruptError, StorageError
 from ghoststore.store.base.object_path import ObjectPath, at_once
 from ghoststore.store.base.objects import side_by_side
-from ghoststore.store.base.opening import is_no_folder, names_in
+from ghoststore.store.base.opening import is_other, names_in
 from ghoststore.store.base.records import MISSING
 from ghoststore.store.base.writers import FOLDER as WRITERS
 from ghoststore.store.spans.checksum import check_crc
@@ -216,7 +216,7 @@ def refuse_damaged_spans(source: Spanned[Any], spans: Iterable[int], task: Task 
 
 def writers_problem(folder: Path) -> str | None:
     """What prevents writing in a part or run: something else has the name of the folder of writers; None if nothing."""
-    no_folder = is_no_folder(folder / WRITERS)
+    no_folder = is_other(folder / WRITERS, folder=True)
     return "no folder; that of the records of who writes belongs there" if no_folder else None
 
 

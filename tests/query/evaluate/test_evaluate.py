@@ -18,11 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import ghoststore
 from ghoststore.checkpoint.load import find_checkpoint, load_model
+from ghoststore.cli.evaluate import _words
 from ghoststore.corpus import Fields
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from indexer.training.retrain import Recipe, Retrainer, Retraining
 from query.common.rank_correlation import mean_ranks, spearman
-from query.evaluate.lds import half, lds, lds_difference
+from query.evaluate.lds import Lds, half, lds, lds_difference
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -250,6 +251,15 @@ def test_words_by_default(folder: Path, done: Path, tmp_path: Path) -> None:
     none = evaluate(folder, out, methods=methods, lexical=0)
     assert none.lds == report.lds[:2]
     assert none.settings["lexical"] is None
+    assert evaluate(folder, out, methods=["cosine"]).settings["lexical"] is None  # no method has words
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "advice"),
+    [(0.01, 0.03, "ask with `ghoststore query --lexical 0.1`"), (-0.03, -0.01, "ask without"), (-0.1, 0.1, "chance")],
+)
+def test_what_words_add_in_words(low: float, high: float, advice: str) -> None:
+    assert advice in _words(Lds(value=(low + high) / 2, low=low, high=high, targets=1), 0.1)
 
 
 def test_a_difference_is_paired() -> None:
