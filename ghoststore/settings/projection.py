@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
 from ghoststore.errors import UsageError
@@ -18,17 +18,6 @@ KINDS = (*DRAWN_KINDS, LEARNED)
 PRECONDITIONS = ("auto", "none", "kronecker")
 PLAIN_RANK_TOTAL = 256
 """Default numbers of a block that is not sketched."""
-
-
-def unsketched(stored: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> Literal["auto", "none"]:
-    """The option ``compress`` behind a manifest without a sketch, from its sections ``projection`` and ``layers``.
-
-    It was ``auto`` if blocks are larger than those of ``none``: the model was then too small for a sketch. If all
-    blocks are small, both give the same.
-    """
-    large = any(layer["ranks"][0] * layer["ranks"][1] > PLAIN_RANK_TOTAL for layer in layers)
-    return "auto" if stored["rank_total"] is None and large else "none"
-
 
 LEARNED_OPTIONS = ("compress_by", "precondition", "damping", "calibration_samples")
 """Names of the options of a projection that learns from a sample of the corpus."""
@@ -156,3 +145,20 @@ class ProjectionConfig:
     def learns_sides(self) -> bool:
         """Whether the sides are learned from the corpus."""
         return self.kind == LEARNED or self.preconditioned
+
+
+def config_of(stored: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> ProjectionConfig:
+    """The configuration from ``projection`` and ``layers`` of a manifest, which `ProjectionPlan.to_json` wrote."""
+    settings = {field.name: stored[field.name] for field in fields(ProjectionConfig) if stored[field.name] is not None}
+    patterns = {name: tuple(stored[name]) for name in ("layers", "exclude_layers")}
+    return ProjectionConfig(**{**settings, **patterns, "compress": stored["compress"] or unsketched(stored, layers)})
+
+
+def unsketched(stored: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> Literal["auto", "none"]:
+    """The option ``compress`` behind a manifest without a sketch, from its sections ``projection`` and ``layers``.
+
+    It was ``auto`` if blocks are larger than those of ``none``: the model was then too small for a sketch. If all
+    blocks are small, both give the same.
+    """
+    large = any(layer["ranks"][0] * layer["ranks"][1] > PLAIN_RANK_TOTAL for layer in layers)
+    return "auto" if stored["rank_total"] is None and large else "none"

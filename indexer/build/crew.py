@@ -18,7 +18,7 @@ from ghoststore.settings.build import BuildOptions
 from ghoststore.settings.option import parameters_of
 from ghoststore.store import Store
 from ghoststore.store.info import describe
-from indexer.build.inputs import existing_part, part_name
+from indexer.build.named_part import existing_part, part_name
 from indexer.build.report import BUILDING, BuildReport
 
 PIECES = 8

@@ -1,4 +1,6 @@
-"""How long a build would take: measured on one batch of its rows, and on one axis of each shape that is learned."""
+"""What a build would take: bytes, and seconds, measured on one batch of its rows and on one axis of each shape that is
+learned.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,12 @@ from itertools import islice
 
 import torch
 
-from indexer.build.calibrate import axis_lengths
+from ghoststore.store import PartLayout
+from ghoststore.store.spans.layout import CRC_BYTES
+from indexer.build.calibrate import axis_lengths, learning_bytes
 from indexer.build.job import BuildJob
 from indexer.build.leading import Leading, drawn_directions, random_directions
+from indexer.build.report import BuildReport
 from indexer.encode.batching import batches_of
 from indexer.encode.encoder import RowEncoder
 from indexer.encode.tokens import rows_of
@@ -21,6 +26,24 @@ ROWS = 64
 """Most rows that are looked at."""
 LEARNING = 1.16
 """Learning ÷ building as many rows, eigenvectors not counted: of GPT-2 Small; see docs/measured.md."""
+
+
+def report_of(job: BuildJob) -> BuildReport:
+    """The report of a build that has not begun."""
+    options, layout = job.inputs.options, job.layout
+    return BuildReport(
+        store=str(options.store),
+        part=job.inputs.part_name,
+        rows=layout.rows,
+        tokens=job.plan.tokens,
+        layers=len(job.projected.layers),
+        coverage=job.projected.coverage,
+        dimension=layout.dimension,
+        bytes_on_disk=_bytes_on_disk(layout),
+        memory_bytes=_memory(job),
+        dry_run=options.dry_run,
+        manifest=job.manifest,
+    )
 
 
 def estimated_seconds(job: BuildJob) -> dict[str, float]:
@@ -69,3 +92,19 @@ def _eigenvector_seconds(plan: ProjectionPlan, device: torch.device) -> float:
         leading.factor()
         seconds += axes * (time.perf_counter() - begun)
     return seconds
+
+
+def _bytes_on_disk(layout: PartLayout) -> int:
+    total = 0
+    for spec in layout.arrays():
+        if spec.dtype is not str:
+            total += (spec.chunk_bytes + CRC_BYTES) * -(-layout.rows // spec.chunk_rows)
+    return total
+
+
+def _memory(job: BuildJob) -> int:
+    model, layout = job.inputs.model, job.layout
+    matrices = sum(4 * (shape.k_in * shape.n_in + shape.k_out * shape.n_out) for shape in job.projected.shapes)
+    spans = 3 * layout.span_rows * layout.dimension * 4
+    logits = job.inputs.batch_tokens * int(len(model.get_input_embeddings().weight) * model.dtype.itemsize)
+    return matrices + max(spans, learning_bytes(job.projected, job.inputs.device)) + logits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,6 @@ from ghoststore.checkpoint.find import Checkpoint
 from ghoststore.checkpoint.in_memory import LoadedCheckpoint
 from ghoststore.checkpoint.load import (
     AnyCheckpoint,
-    find_checkpoint,
     find_tokenizer,
     load_model,
     load_tokenizer,
@@ -33,9 +32,9 @@ from ghoststore.store import Manifest, Part, Store
 from ghoststore.store.base.names import check_name, safe_name
 from ghoststore.store.base.object_path import location
 from ghoststore.store.base.writable import check_writable
-from ghoststore.store.spans.soundness import refuse_damaged, refuse_damaged_spans
 from indexer.build.kept_fields import checked_names
 from indexer.build.like import fields_like, part_like
+from indexer.build.named_part import checkpoint_of, existing_part
 from indexer.encode.pairs import loss_definition, tokenizer_for
 from indexer.encode.tokens import TAKEN, Tokenizer, TokenSettings, longest_row
 from indexer.projection.adam import learning_rate_of
@@ -125,14 +124,6 @@ class BuildInputs:
         }
 
 
-def part_name(options: BuildOptions) -> str:
-    """The name of the part, given or made of those of checkpoint and corpus."""
-    if options.name:
-        return check_name(options.name)
-    checkpoint = checkpoint_of(options, options.progress)
-    return safe_name(checkpoint.name, part_word(options.data))
-
-
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """The model of a build, and the checkpoint that it was loaded from."""
@@ -153,11 +144,6 @@ class LoadedModel:
             encoder_decoder=True,
         )
         return cls(checkpoint, model)
-
-
-def checkpoint_of(options: BuildOptions, progress: Progress | None) -> AnyCheckpoint:
-    """The checkpoint that ``options`` name."""
-    return find_checkpoint(options.model, base=options.base, adapter=options.adapter, progress=progress)
 
 
 @contextmanager
@@ -245,24 +231,3 @@ def _fields(options: BuildOptions, repaired: Part | None, like: Part | None) -> 
     if like is not None and options.fields is None:
         return fields_like(like, options.data, stream=options.streams)
     return options.fields or Fields()
-
-
-def existing_part(
-    store: str | Path, name: str, progress: Progress, checked: Callable[[int], Collection[int]] | None = None
-) -> Part | None:
-    """The part called ``name``, or None. CorruptError naming what is damaged: every committed span is read, which is
-    little beside what a build computes; with ``checked`` those that it names, see :func:`open_inputs`.
-    """
-    if not (location(store) / "zarr.json").exists():
-        return None
-    opened_store = Store.open(store)
-    if name not in opened_store.part_names():
-        return None
-    part = opened_store.damaged_part(name)
-    refuse_damaged(part)
-    chosen = set(range(part.layout.spans) if checked is None else checked(part.layout.spans))
-    spans = [span for span in part.spans if span in chosen]
-    if spans:
-        with closing(progress.task(f"checking {part.name}", len(spans), unit="spans")) as task:
-            refuse_damaged_spans(part, spans, task)
-    return part

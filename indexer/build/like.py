@@ -12,12 +12,12 @@ from ghoststore.checkpoint.same_model import adapter_as_built, refuse_incomplete
 from ghoststore.corpus import Corpus, Fields, ResolvedFields
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.settings.build import BuildOptions
+from ghoststore.settings.projection import config_of
 from ghoststore.settings.shared import Data, is_stdin
 from ghoststore.store import Manifest, Part, PartLayout, Store
 from ghoststore.store.base.manifest import Difference, difference_lines, differences
 from ghoststore.store.base.own import source_path
 from ghoststore.store.part.kept import KeptField
-from indexer.projection.stored import config_of
 
 ALIKE = ("checkpoint", "tokenizer", "tokens", "loss", "dtype", "projection", "layers")
 """Sections of the manifest that two parts must share to be ranked as one."""

@@ -15,8 +15,9 @@ from ghoststore.cluster import ray_cluster, room, runtime_environment
 from ghoststore.errors import GhostStoreError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.settings.build import BuildOptions
-from indexer.build.build import opened
 from indexer.build.crew import Death, Done, Event, Hand, Ready, build_by
+from indexer.build.estimate import report_of
+from indexer.build.opened import opened
 from indexer.build.report import BuildReport
 from indexer.build.sent import Sent
 from indexer.build.spans import KeptEncoder, compute_lists
@@ -42,7 +43,7 @@ class Builder:
             self._kept = self._stack.enter_context(KeptEncoder(self._job))
         except GhostStoreError as error:
             return error
-        return Ready(report=BuildReport.of(self._job), learning=self._job.learning_seconds)
+        return Ready(report=report_of(self._job), learning=self._job.learning_seconds)
 
     def build(self, spans: Sequence[int]) -> Done | GhostStoreError:
         """Build and commit ``spans``."""

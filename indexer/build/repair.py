@@ -51,10 +51,10 @@ from ghoststore.store.spans.withdrawn import forget, put_back, withdraw, withdra
 from ghoststore.store.spans.writer import writing
 from ghoststore.store.store import Store
 from ghoststore.store.verify import Damage, Examination, Owner
-from indexer.build.build import refuse_other_build
 from indexer.build.inputs import open_inputs
 from indexer.build.job import BuildJob, plan_job
 from indexer.build.like import settings_as_built
+from indexer.build.opened import refuse_other_build
 from indexer.build.spans import compute_spans
 
 

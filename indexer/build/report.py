@@ -1,14 +1,11 @@
-"""The report of a build, and estimates of its disk space and memory."""
+"""The report of a build."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ghoststore.store import Manifest, PartLayout
-from ghoststore.store.spans.layout import CRC_BYTES
-from indexer.build.calibrate import learning_bytes
-from indexer.build.job import BuildJob
+from ghoststore.store import Manifest
 
 BUILDING = "building"
 """What a task of progress is called whose rows are those of spans."""
@@ -56,40 +53,6 @@ class BuildReport:
     ``write`` (in the background). Of a dry run estimates of ``learning`` and ``compute``."""
     manifest: Manifest = field(default_factory=dict, repr=False)
 
-    @classmethod
-    def of(cls, job: BuildJob) -> BuildReport:
-        """The report of a build that has not begun."""
-        options, layout = job.inputs.options, job.layout
-        return cls(
-            store=str(options.store),
-            part=job.inputs.part_name,
-            rows=layout.rows,
-            tokens=job.plan.tokens,
-            layers=len(job.projected.layers),
-            coverage=job.projected.coverage,
-            dimension=layout.dimension,
-            bytes_on_disk=_bytes_on_disk(layout),
-            memory_bytes=_memory(job),
-            dry_run=options.dry_run,
-            manifest=job.manifest,
-        )
-
     def to_json(self) -> dict[str, Any]:
         """The document that ``ghoststore build --json`` prints."""
         return asdict(self)
-
-
-def _bytes_on_disk(layout: PartLayout) -> int:
-    total = 0
-    for spec in layout.arrays():
-        if spec.dtype is not str:
-            total += (spec.chunk_bytes + CRC_BYTES) * -(-layout.rows // spec.chunk_rows)
-    return total
-
-
-def _memory(job: BuildJob) -> int:
-    model, layout = job.inputs.model, job.layout
-    matrices = sum(4 * (shape.k_in * shape.n_in + shape.k_out * shape.n_out) for shape in job.projected.shapes)
-    spans = 3 * layout.span_rows * layout.dimension * 4
-    logits = job.inputs.batch_tokens * int(len(model.get_input_embeddings().weight) * model.dtype.itemsize)
-    return matrices + max(spans, learning_bytes(job.projected, job.inputs.device)) + logits

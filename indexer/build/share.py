@@ -6,8 +6,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from ghoststore.errors import UsageError
 from ghoststore.settings.build import AUTO, worker_of
 
@@ -66,8 +64,22 @@ class Share:
 
 def device_of(device: str, environment: Mapping[str, str] = os.environ) -> str:
     """The GPU of a process that torchrun started, where ``device`` asks for a GPU and not for one by its number."""
-    if device in ("auto", "cuda") and torch.cuda.is_available() and "LOCAL_RANK" in environment:
-        return f"cuda:{_number(environment, 'LOCAL_RANK')}"
+    if "LOCAL_RANK" in environment and device in ("auto", "cuda"):
+        import torch
+
+        if torch.cuda.is_available():
+            return f"cuda:{_number(environment, 'LOCAL_RANK')}"
+    return device
+
+
+def device_in_turn(device: str, number: int) -> str:
+    """The GPU of worker ``number`` (from 1) of this machine, where ``device`` asks for a GPU and not for one by its
+    number: they take all GPUs in turn.
+    """
+    import torch
+
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{(number - 1) % torch.cuda.device_count()}"
     return device
 
 

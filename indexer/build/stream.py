@@ -39,6 +39,7 @@ from ghoststore.store.part.stream import (
 )
 from ghoststore.store.spans.writer import BackgroundWriter, SpanData, write_span, writing
 from indexer.build.corpus_plan import COLUMNS, CorpusPlan, LearningSample, SpanDigest
+from indexer.build.estimate import report_of
 from indexer.build.inputs import BuildInputs, open_inputs
 from indexer.build.job import BuildJob, chosen_layers, job_of, layout_of
 from indexer.build.kept_fields import KeptScan, refuse_misfits
@@ -83,7 +84,7 @@ def build_stream(options: BuildOptions, progress: Progress) -> BuildReport:
         built = Part(part.path)
         described = describe(built)
         return replace(
-            BuildReport.of(replace(job, layout=built.layout)),
+            report_of(replace(job, layout=built.layout)),
             tokens=described.tokens,
             resumed_rows=resumed,
             rows_built=built.rows - resumed,

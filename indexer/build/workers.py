@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
 from typing import Any
 
-import torch
-
 from ghoststore.machine import CORES
 from ghoststore.piped import Ended, PipedProcess
 from ghoststore.progress import Progress
@@ -26,7 +24,7 @@ class _Worker:
     def __init__(self, number: int, keywords: Mapping[str, Any], threads: int) -> None:
         self.number = number
         self.process = PipedProcess("indexer.build.worker", OMP_NUM_THREADS=str(threads))
-        self.process.send(keywords)
+        self.process.send((number, keywords))
 
     def order(self, spans: Sequence[int] | None) -> None:
         self.process.send(spans)
@@ -68,11 +66,9 @@ def build_side_by_side(options: BuildOptions, progress: Progress) -> BuildReport
 
 
 def devices_of(options: BuildOptions) -> list[str]:
-    """The devices of the workers, in turn: those given; every GPU where GPUs are asked for and none by its number."""
+    """The devices of the workers, in turn: those given, or for each the one asked for, see :func:`device_in_turn`."""
     if options.devices:
         return [
             f"cuda:{device}" if device.isdigit() else device for word in options.devices for device in word.split(",")
         ]
-    if options.device in ("auto", "cuda") and torch.cuda.is_available():
-        return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     return [options.device]

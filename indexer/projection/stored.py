@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from ghoststore.errors import MismatchError
-from ghoststore.settings.projection import ProjectionConfig, unsketched
+from ghoststore.settings.projection import ProjectionConfig, config_of
 from ghoststore.store import Part, Run
 from ghoststore.store.base.records import reading
 from ghoststore.store.part.encoding import numbers_per_layer
@@ -19,13 +18,6 @@ from indexer.projection.blocks import Block
 from indexer.projection.calibration import FACTORS, KEPT, SIDES, Calibration
 from indexer.projection.matrices import Projection
 from indexer.projection.plan import ProjectionPlan
-
-
-def config_of(stored: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> ProjectionConfig:
-    """The configuration from ``projection`` and ``layers`` of a manifest, which `ProjectionPlan.to_json` wrote."""
-    settings = {field.name: stored[field.name] for field in fields(ProjectionConfig) if stored[field.name] is not None}
-    patterns = {name: tuple(stored[name]) for name in ("layers", "exclude_layers")}
-    return ProjectionConfig(**{**settings, **patterns, "compress": stored["compress"] or unsketched(stored, layers)})
 
 
 def projection_of(part: Part, model: nn.Module) -> Projection:

@@ -214,7 +214,7 @@ def test_the_engine_itself_reaches_nothing(tmp_path: Path, sql: str) -> None:
 def test_the_engine_is_imported_where_a_condition_is_given() -> None:
     code = (
         "import sys, query.answer.query, query.select.select, query.training_scores.scores\n"
-        "import query.export.export, indexer.build.build\n"
+        "import query.export.export, indexer.build.alone\n"
         "assert 'duckdb' not in sys.modules\n"
         "from ghoststore.store.where.condition import Condition\n"
         "Condition('true', {}, 'nothing')\n"

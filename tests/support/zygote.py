@@ -65,7 +65,7 @@ import ghoststore.cli.tokenize
 import ghoststore.cli.train
 import ghoststore.cli.verify
 import ghoststore.cli.watch
-import indexer.build.build
+import indexer.build.alone
 import indexer.tokenize.tokenize
 import indexer.training.train
 import query.ann.command
@@ -90,7 +90,7 @@ IMPORTED = (
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2LMHeadModel,
-    indexer.build.build,
+    indexer.build.alone,
     indexer.tokenize.tokenize,
     indexer.training.train,
     query.doctor,

@@ -18,8 +18,9 @@ from ghoststore.store import Part, Store
 from ghoststore.store.spans.writer import BackgroundWriter, SpanData, write_span
 from indexer.build import crew, inputs, spans
 from indexer.build.beginning import begin
-from indexer.build.build import opened
 from indexer.build.crew import Death, Done, Hand, Ready, build_by
+from indexer.build.estimate import report_of
+from indexer.build.opened import opened
 from indexer.build.report import BuildReport
 from tests.support.parts import unbuild
 
@@ -75,7 +76,7 @@ def test_lists_are_shorter_at_the_end(lab: Lab, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(crew, "PIECES", 2)
     options = options_of(lab, tmp_path / "store", span_rows=1)
     with opened(options, Silent(), lambda spans: []) as (job, part):
-        report = BuildReport.of(job)
+        report = report_of(job)
     count = part.layout.spans
     hands = Hands(report, ahead)
     build_by(hands, 2, options, Silent())

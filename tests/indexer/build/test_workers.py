@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,13 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 import ghoststore
 from ghoststore import piped
-from ghoststore.errors import MismatchError, WorkerError
+from ghoststore.errors import CheckpointError, MismatchError, WorkerError
 from ghoststore.progress import Silent, Task
 from ghoststore.settings.build import BuildOptions
 from indexer.build import crew
+from indexer.build.share import device_in_turn
 from indexer.build.workers import devices_of
 from tests.support.parts import unbuild
 
@@ -160,3 +163,35 @@ def test_devices() -> None:
     assert of(devices=["0,1", "cuda:3"]) == ["cuda:0", "cuda:1", "cuda:3"]
     assert of(devices=["cpu"]) == ["cpu"]
     assert of(device="cuda:1") == ["cuda:1"]
+    assert of(device="auto") == ["auto"]  # each worker looks for the GPUs itself
+
+
+@pytest.mark.parametrize(("gpus", "got"), [(0, ["auto"] * 3), (2, ["cuda:0", "cuda:1", "cuda:0"])])
+def test_gpus_in_turn(monkeypatch: pytest.MonkeyPatch, gpus: int, got: list[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert [device_in_turn("auto", number) for number in (1, 2, 3)] == got
+    assert device_in_turn("cpu", 2) == "cpu"
+    assert device_in_turn("cuda:5", 2) == "cuda:5"
+
+
+@pytest.mark.parametrize("way", [{"workers": 2}, {"workers": None, "worker": "1/2"}])
+def test_a_wrong_checkpoint_makes_no_store(lab: Lab, tmp_path: Path, way: dict[str, Any]) -> None:
+    """Of a part that has a name, too."""
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="no config"):
+        build(lab, tmp_path / "store", checkpoint=tmp_path / "empty", **way)
+    assert not (tmp_path / "store").exists()
+
+
+def test_who_starts_workers_imports_no_torch(lab: Lab, tmp_path: Path) -> None:
+    """Its imports would come before theirs: they begin seconds later, and its memory holds what nobody uses."""
+    words = {"checkpoint": str(lab.checkpoint), "data": str(lab.corpus), "store": str(tmp_path), "device": "cpu"}
+    code = (
+        "import json, sys, ghoststore\n"
+        "report = ghoststore.build(**json.loads(sys.argv[1]), workers=1)\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+        "print(report.rows_built)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(words)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == len(lab.rows)

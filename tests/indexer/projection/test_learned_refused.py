@@ -13,10 +13,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.errors import UsageError
+from ghoststore.settings.projection import config_of
 from indexer.dotprod import GradDotProdEngine
 from indexer.encode.engine import GradProjLoraEngine
 from indexer.projection.plan import ProjectionPlan, ranks
-from indexer.projection.stored import config_of
 from tests.support.models import examples, gpt2
 from tests.support.scoring import val_batch
 
