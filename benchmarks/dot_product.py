@@ -57,6 +57,7 @@ class Setting:
     repeats: int
     checkpoint: Path | None = None
     data: Path | None = None
+    vocabulary: int = VOCABULARY
 
     @property
     def told(self) -> str:
@@ -74,7 +75,7 @@ class Bench:
             n_layer=shape.layers,
             n_embd=shape.width,
             n_head=shape.heads,
-            vocab_size=VOCABULARY,
+            vocab_size=setting.vocabulary,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
@@ -114,7 +115,7 @@ def rows_for(setting: Setting) -> Tensor:
     """(batch + val, length): random tokens or, of a text, rows of it from all over."""
     count = setting.batch + setting.val
     if setting.data is None:
-        return torch.randint(0, VOCABULARY, (count, setting.length))
+        return torch.randint(0, setting.vocabulary, (count, setting.length))
     tokenizer = AutoTokenizer.from_pretrained(setting.checkpoint)
     text = "\n\n".join(json.loads(line)["text"] for line in setting.data.read_text(encoding="utf-8").splitlines())
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])

@@ -33,7 +33,7 @@ from common import (
     wait_for,
     write_jsonl,
 )
-from dot_product import REFRESH, Setting
+from dot_product import REFRESH, VOCABULARY, Setting
 from search import QUERIES, READ, chunk_files, manifest_of, measure_search, random_part
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -45,7 +45,6 @@ from indexer.training.architectures import ARCHITECTURES
 from query.demo.corpus import read_corpus
 from query.demo.tokenizer import train_tokenizer
 
-VOCABULARY = 50257
 KERNELS = 12
 TEST_SECONDS = 180
 PLAIN = {"precondition": "none"}
@@ -61,6 +60,7 @@ class Size:
     length: int
     step: str
     """Architecture of the training step."""
+    vocabulary: int
     batch: int
     val: int
     repeats: int
@@ -73,12 +73,12 @@ class Size:
 
 
 FULL = Size(
-    builds={"GPT2-Small": 2048, "GPT2-Large": 384}, length=1024, step="GPT2-Small", batch=16, val=8, repeats=5,
-    rows=100_000, dimension=3072, matrix=8192, copied=1 << 30,
+    builds={"GPT2-Small": 2048, "GPT2-Large": 384}, length=1024, step="GPT2-Small",
+    vocabulary=VOCABULARY, batch=16, val=8, repeats=5, rows=100_000, dimension=3072, matrix=8192, copied=1 << 30,
 )  # fmt: skip
 TINY = Size(
-    builds={"GPT2-Tiny": 8}, length=32, step="GPT2-Tiny", batch=2, val=2, repeats=1, rows=500, dimension=64,
-    matrix=128, copied=1 << 20,
+    builds={"GPT2-Tiny": 8}, length=32, step="GPT2-Tiny", vocabulary=1024, batch=2, val=2, repeats=1, rows=500,
+    dimension=64, matrix=128, copied=1 << 20,
 )  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def saved(pack: Pack, architecture: str, rows: int) -> tuple[Path, Path]:
     with torch.device(pack.device):
         model = GPT2LMHeadModel(
             GPT2Config(
-                n_layer=shape.layers, n_embd=shape.width, n_head=shape.heads, vocab_size=VOCABULARY,
+                n_layer=shape.layers, n_embd=shape.width, n_head=shape.heads, vocab_size=pack.size.vocabulary,
                 n_positions=max(1024, pack.size.length), bos_token_id=end, eos_token_id=end,
             )
         )  # fmt: skip
@@ -175,11 +175,11 @@ def saved(pack: Pack, architecture: str, rows: int) -> tuple[Path, Path]:
     return folder, write_jsonl(pack.folder / f"{architecture}.jsonl", samples)
 
 
-def flops_a_token(architecture: str, length: int) -> float:
+def flops_a_token(architecture: str, length: int, vocabulary: int) -> float:
     """Of a forward pass and a backward one without weight gradients, and of the two sides of the projection."""
     shape = ARCHITECTURES[architecture]
     block = 12 * shape.width**2
-    passes = 4 * (shape.layers * block + VOCABULARY * shape.width)
+    passes = 4 * (shape.layers * block + vocabulary * shape.width)
     attention = 12 * shape.layers * shape.width * length / 2  # half of the pairs: it is causal
     sides = 2 * 64 * 18 * shape.width * shape.layers  # (in + out) of four linears: (4 + 2 + 5 + 5) × width, and blocks
     return passes + attention + sides
@@ -200,7 +200,7 @@ def build(pack: Pack) -> None:
             assert report.tokens == count * pack.size.length, "the rows have another length"
             rate = report.tokens / watch.seconds().wall
             learning = (report.seconds or {}).get("learning", 0.0)
-            share = rate * flops_a_token(architecture, pack.size.length) / pack.flops
+            share = rate * flops_a_token(architecture, pack.size.length, pack.size.vocabulary) / pack.flops
             learnt = ProjectionConfig().calibration_samples
             rows.append({
                 "model": architecture,
@@ -243,7 +243,7 @@ def step_setting(pack: Pack) -> Setting:
     size = pack.size
     return Setting(
         architecture=size.step, batch=size.batch, length=size.length, val=size.val, dtype="bfloat16",
-        device=pack.device, repeats=size.repeats,
+        device=pack.device, repeats=size.repeats, vocabulary=size.vocabulary,
     )  # fmt: skip
 
 
