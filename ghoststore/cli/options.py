@@ -12,6 +12,7 @@ from typing import Any, get_args
 import click
 from click.core import ParameterSource
 
+from ghoststore.cli.early import refuse_early
 from ghoststore.cli.events import current
 from ghoststore.errors import GhostStoreError
 from ghoststore.lazy import load
@@ -124,7 +125,11 @@ def run(
     from ghoststore.cli.terminal import listener, print_json, wrote
 
     out, other = None if file is None else file.out, keywords.get(also or "")
-    function = partial(load(name), progress=listener(printing.quiet))
+    progress = listener(printing.quiet)
+    asked = click.get_current_context().command
+    assert isinstance(asked, OptionsCommand)
+    refuse_early(name, asked.kinds[0], keywords, progress)
+    function = partial(load(name), progress=progress)
     if out is None:
         result = function(**keywords)
     else:

@@ -340,8 +340,8 @@ def test_runs_that_are_none(lab: Lab, built: Path, val: Path, tmp_path: Path, co
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_options_of_scores(lab: Lab, words: list[str], pattern: str) -> None:
-    refused(lab.run(*words), pattern)
+def test_options_of_scores(lab: Lab, built: Path, val: Path, words: list[str], pattern: str) -> None:
+    refused(lab.run(*({"s": built, "v": val}.get(word, word) for word in words)), pattern)
 
 
 def test_several_parts(lab: Lab, built: Path, val: Path, tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""What a command refuses before torch is imported, which takes seconds: options that make no sense, and what is not
+there. The words are those of the library, whose own functions say them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ghoststore.lazy import refuse_shadows
+from ghoststore.progress import Progress
+from ghoststore.settings.keywords import takes
+from ghoststore.settings.option import in_objects, options_of
+from ghoststore.settings.shared import in_memory, is_stdin
+
+CORPORA = ("data", "val_set", "minus")
+"""Options whose value is a corpus."""
+
+
+def refuse_early(name: str, kind: type, keywords: Mapping[str, Any], progress: Progress) -> None:
+    """Raise what the public function ``name``, whose options are ``kind``, would raise of ``keywords`` at once."""
+    refuse_shadows()
+    options = takes(kind)(lambda options: options)(**keywords)
+    sections = {spec.name: option.section for spec, option in options_of(kind)}
+    if sections.get("store") == "Input" and name != "build" and getattr(options, "server", None) is None:
+        _refuse_missing_store(options.store)
+    for corpus in CORPORA:
+        _refuse_missing_corpus(getattr(options, corpus, None))
+    if name != "train":  # where it is the folder of a training that goes on
+        _refuse_missing_checkpoint(getattr(options, "checkpoint", None), progress)
+
+
+def _missing(place: object) -> bool:
+    """Whether ``place`` names something of this machine that is not there."""
+    return isinstance(place, str | Path) and bool(str(place)) and not in_objects(place) and not os.path.lexists(place)
+
+
+def _refuse_missing_store(store: str | Path) -> None:
+    if _missing(store):
+        from ghoststore.store import Store
+
+        Store.open(store)
+
+
+def _refuse_missing_corpus(data: Any) -> None:
+    if data is None or is_stdin(data) or in_memory(data):
+        return
+    from ghoststore.corpus.locate import BETWEEN, locate, named_on_hub
+    from ghoststore.corpus.memory import source_of
+
+    source = source_of(data)
+    if isinstance(source, str) and any(map(_missing, source.split(BETWEEN))) and named_on_hub(source) is None:
+        locate(source)
+
+
+def _refuse_missing_checkpoint(checkpoint: Any, progress: Progress) -> None:
+    if not isinstance(checkpoint, str | Path) or in_objects(checkpoint):
+        return
+    from ghoststore.checkpoint.bounds import ADAPTER_CONFIG, CONFIG
+    from ghoststore.checkpoint.load import find_checkpoint
+
+    if _missing(checkpoint) or (
+        os.path.isdir(checkpoint) and not any(Path(checkpoint, name).exists() for name in (CONFIG, ADAPTER_CONFIG))
+    ):
+        find_checkpoint(checkpoint, progress=progress)
