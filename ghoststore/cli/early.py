@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,25 @@ from ghoststore.settings.keywords import takes
 from ghoststore.settings.option import in_objects, options_of
 from ghoststore.settings.shared import in_memory, is_stdin
 
-CORPORA = ("data", "val_set", "minus")
-"""Options whose value is a corpus."""
+ASKED = ("val_set", "minus")
+"""Options whose value is a corpus that is asked for, wherever they are."""
 
 
 def refuse_early(name: str, kind: type, keywords: Mapping[str, Any], progress: Progress) -> None:
-    """Raise what the public function ``name``, whose options are ``kind``, would raise of ``keywords`` at once."""
+    """Raise what the public function ``name``, whose options are ``kind``, would raise of ``keywords`` at once.
+
+    A corpus behind stored rows, and what `repair` computes with, may be gone: the functions say what they make of it.
+    """
     refuse_shadows()
     options = takes(kind)(lambda options: options)(**keywords)
-    sections = {spec.name: option.section for spec, option in options_of(kind)}
-    if sections.get("store") == "Input" and name != "build" and getattr(options, "server", None) is None:
+    specs = {spec.name: (spec, option) for spec, option in options_of(kind)}
+    reads = name != "build" and "store" in specs and specs["store"][1].section == "Input"
+    if reads and getattr(options, "server", None) is None:
         _refuse_missing_store(options.store)
-    for corpus in CORPORA:
+    if name == "repair":
+        return
+    needed = ("data",) if "data" in specs and specs["data"][0].default is MISSING else ()
+    for corpus in (*needed, *ASKED):
         _refuse_missing_corpus(getattr(options, corpus, None))
     if name != "train":  # where it is the folder of a training that goes on
         _refuse_missing_checkpoint(getattr(options, "checkpoint", None), progress)

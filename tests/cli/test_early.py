@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 import ghoststore
-from ghoststore.errors import GhostStoreError
+from ghoststore.cli.early import refuse_early
+from ghoststore.errors import CorpusError, GhostStoreError
+from ghoststore.progress import Silent
 from ghoststore.settings.build import BuildOptions
+from ghoststore.settings.question import QueryOptions
+from ghoststore.settings.store import RepairOptions
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -71,14 +75,21 @@ def test_in_the_words_of_the_library(lab: Lab, tmp_path: Path) -> None:
     assert str(error.value) in refused(tmp_path, "build", *words)
 
 
+def test_what_may_be_gone_is_left_to_the_command(lab: Lab, built: Path, tmp_path: Path) -> None:
+    """The corpus behind stored rows, of which a result has texts; what `repair` may need."""
+    gone = str(tmp_path / "gone")
+    given = {"store": built, "val_set": lab.corpus, "data": gone}
+    refuse_early("query", QueryOptions, given, Silent())
+    refuse_early("repair", RepairOptions, {"store": built, "data": gone, "checkpoint": gone}, Silent())
+    with pytest.raises(CorpusError, match="does not exist"):
+        refuse_early("query", QueryOptions, given | {"minus": gone}, Silent())
+
+
 @pytest.mark.parametrize("data", ["-", "s3://bucket/rows.jsonl", "org/name:train", "val.jsonl"])
 def test_what_may_be_there_is_left_to_the_command(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str
 ) -> None:
     """Standard input, buckets and the hub are asked once, by the command itself."""
-    from ghoststore.cli.early import refuse_early
-    from ghoststore.progress import Silent
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "val.jsonl").write_text('{"text": "one row"}\n')
     refuse_early("build", BuildOptions, {"checkpoint": lab.checkpoint, "data": data, "store": "store"}, Silent())
