@@ -67,9 +67,9 @@ def _refuse_missing_checkpoint(checkpoint: Any, progress: Progress) -> None:
     if not isinstance(checkpoint, str | Path) or in_objects(checkpoint):
         return
     from ghoststore.checkpoint.bounds import ADAPTER_CONFIG, CONFIG
-    from ghoststore.checkpoint.load import find_checkpoint
+    from ghoststore.checkpoint.find import locate, whole_model
 
-    if _missing(checkpoint) or (
-        os.path.isdir(checkpoint) and not any(Path(checkpoint, name).exists() for name in (CONFIG, ADAPTER_CONFIG))
-    ):
-        find_checkpoint(checkpoint, progress=progress)
+    if _missing(checkpoint):
+        locate(checkpoint, progress)  # where its files are that the hub has, of an adapter, too
+    elif os.path.isdir(checkpoint) and not any(Path(checkpoint, name).exists() for name in (CONFIG, ADAPTER_CONFIG)):
+        whole_model(Path(checkpoint))
