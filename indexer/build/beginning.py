@@ -73,8 +73,9 @@ class _Folder:
             with ExitStack() as stack:
                 try:
                     stack.enter_context(exclusive(self._folder, f"part {name!r}", None))
-                except StorageError:
-                    if self._folder.exists():
+                except StorageError as error:
+                    # Not by whether it is there: a third one may have made it again by now.
+                    if not isinstance(error.__cause__, FileNotFoundError):
                         raise
                     raise BusyError("its last owner has just removed it") from None
                 with touched(self._folder):

@@ -213,17 +213,9 @@ def test_the_callback_refuses_what_the_manager_refuses(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_advice_is_in_flags(tmp_path: Path) -> None:
     """Projection options do not ask for sketched scores where a route asks for exact ones."""
-    words = [
-        "train",
-        "--data",
-        "d",
-        "--val-set",
-        "v",
-        "--store",
-        str(tmp_path / "s"),
-        "--output-dir",
-        str(tmp_path / "o"),
-    ]
+    (tmp_path / "d.jsonl").write_text('{"text": "one row"}\n')
+    words = ["train", "--data", str(tmp_path / "d.jsonl"), "--val-set", str(tmp_path / "d.jsonl")]
+    words += ["--store", str(tmp_path / "s"), "--output-dir", str(tmp_path / "o")]
     words += ["--architecture", "GPT2-Tiny", "--candidates", "8", "--keep", "4", "--route", "direct"]
     outcome = CliRunner().invoke(cli, [*words, "--proj-kind", "rademacher"])
     assert outcome.exit_code == 2

@@ -15,6 +15,7 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
 from ghoststore.settings.build import BuildOptions
 from ghoststore.store import Part, Store
+from ghoststore.store.base import writers
 from ghoststore.store.spans.writer import BackgroundWriter, SpanData, write_span
 from indexer.build import crew, inputs, spans
 from indexer.build.beginning import begin
@@ -204,3 +205,24 @@ def test_nothing_to_wait_for(lab: Lab, built: Path, tmp_path: Path) -> None:
     begin(Store.open(built), "part", Silent(), called.set).close()
     begin(Store.create(tmp_path / "new"), "part", Silent(), called.set).close()
     assert not called.is_set()
+
+
+def test_a_claim_that_goes_and_comes_while_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last owner removes it, and a third worker makes it again: that is no error, and it is tried once more."""
+    store, write, tries = Store.create(tmp_path / "store"), writers._write, []
+
+    def gone(place: Path, *given: Any) -> Path:
+        tries.append(place)
+        if len(tries) > 1:
+            return write(place, *given)
+        place.parent.rmdir()
+        try:
+            return write(place, *given)
+        finally:
+            place.parent.mkdir()
+
+    monkeypatch.setattr(writers, "_write", gone)
+    called = threading.Event()
+    begin(store, "part", Silent(), called.set).close()
+    assert called.is_set()
+    assert len(tries) == 2
