@@ -1,5 +1,5 @@
-"""What a command refuses before torch is imported, which takes seconds: options that make no sense, and what is not
-there. The words are those of the library, whose own functions say them.
+"""What a command refuses before torch is imported, which takes seconds: options of a wrong type or form, and what
+is not there. The words are those of the library, whose own functions say them.
 """
 
 from __future__ import annotations

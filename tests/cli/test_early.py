@@ -89,7 +89,7 @@ def test_what_may_be_gone_is_left_to_the_command(lab: Lab, built: Path, tmp_path
 def test_what_may_be_there_is_left_to_the_command(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str
 ) -> None:
-    """Standard input, buckets and the hub are asked once, by the command itself."""
+    """Standard input, a corpus in a bucket or of the hub, which nothing here can reach."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "val.jsonl").write_text('{"text": "one row"}\n')
     refuse_early("build", BuildOptions, {"checkpoint": lab.checkpoint, "data": data, "store": "store"}, Silent())
