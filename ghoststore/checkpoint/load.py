@@ -19,6 +19,7 @@ from ghoststore.checkpoint.nanogpt import is_checkpoint_file
 from ghoststore.checkpoint.objects import copied, naming_address, recorded_place
 from ghoststore.checkpoint.quantised import bits_of, widened
 from ghoststore.checkpoint.token_ids import TokenIds
+from ghoststore.checkpoint.unused import cut_off, unused_words
 from ghoststore.errors import CheckpointError, UsageError
 from ghoststore.lazy import importing
 from ghoststore.progress import Progress
@@ -177,12 +178,14 @@ def load_model(
     device: str = "cpu",
     attn_implementation: str | None = None,
     encoder_decoder: bool = False,
+    progress: Progress | None = None,
 ) -> Any:
     """The causal language model of a checkpoint, in eval mode, in ``dtype`` on ``device``. That of a loaded model is a
     copy, see :meth:`LoadedCheckpoint.copied`. With ``encoder_decoder`` also one with an encoder (T5, Bart).
+    ``progress`` hears of weights that the model has no place for, such as a value head.
 
-    Raises CheckpointError if the architecture is not such a language model, and if weights are missing (transformers
-    would initialise them at random), have another shape, or are not finite.
+    Raises CheckpointError if the architecture is not such a language model, if weights are missing (transformers would
+    initialise them at random), have another shape, or are not finite, and if the files hold more layers than the model.
     """
     import torch
 
@@ -197,7 +200,7 @@ def load_model(
         model = checkpoint.copied(dtype=dtype, device=device, kernel=attn_implementation)
     else:
         own = checkpoint.base if isinstance(checkpoint, AdapterCheckpoint) else checkpoint
-        model = _read_model(own, dtype, attn_implementation)
+        model = _read_model(own, dtype, attn_implementation, progress)
         if isinstance(checkpoint, AdapterCheckpoint):
             model = checkpoint.attached(model)
     for name, parameter in model.named_parameters():
@@ -227,7 +230,7 @@ def load_model(
     return model
 
 
-def _read_model(checkpoint: Checkpoint, dtype: str, attn_implementation: str | None) -> Any:
+def _read_model(checkpoint: Checkpoint, dtype: str, attn_implementation: str | None, progress: Progress | None) -> Any:
     """The model of a folder, in ``dtype``. Raises as :func:`load_model`."""
     with importing():
         import torch
@@ -265,6 +268,15 @@ def _read_model(checkpoint: Checkpoint, dtype: str, attn_implementation: str | N
                 f"checkpoint {checkpoint.folder} does not fit {type(model).__name__}: {problem.replace('_', ' ')} "
                 f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
             )
+    unused = {str(key) for key in report.get("unexpected_keys", ())}
+    if layers := cut_off(model, unused):
+        raise CheckpointError(
+            f"checkpoint {checkpoint.folder}: {unused_words(model, layers)}. They are of layers that {CONFIG} does not "
+            "have: mend its number of layers; if the model shall be cut off there, save it so: "
+            f"AutoModelForCausalLM.from_pretrained({str(checkpoint.folder)!r}).save_pretrained(another folder)"
+        )
+    if unused and progress is not None:
+        progress.note(f"checkpoint {checkpoint.folder}: {unused_words(model, unused)}. They have no part in anything")
     return model
 
 

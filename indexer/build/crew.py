@@ -160,6 +160,7 @@ class _Crew:
         """How many of them a worker gets at once."""
         self._places: dict[int, _Place] = {}
         self._shown: _Place | None = None
+        self._noted: set[str] = set()
         """The worker whose bars are shown: the one that begins the part."""
         self._task: Task | None = None
         self._report: BuildReport | None = None
@@ -264,7 +265,9 @@ class _Crew:
 
     def _show(self, place: _Place, event: Event) -> None:
         if event.words is not None and event.task is None:
-            self._progress.note(event.words)
+            if event.words not in self._noted:  # of what all of them read
+                self._noted.add(event.words)
+                self._progress.note(event.words)
             return
         assert event.task is not None
         if event.begins is not None and event.begins[0] == BUILDING:

@@ -132,16 +132,17 @@ class LoadedModel:
     model: Any
 
     @classmethod
-    def of(cls, options: BuildOptions, checkpoint: AnyCheckpoint | None = None) -> LoadedModel:
+    def of(cls, options: BuildOptions, progress: Progress, checkpoint: AnyCheckpoint | None = None) -> LoadedModel:
         """The model that ``options`` name; ``checkpoint`` is theirs, if it was found already."""
         if checkpoint is None:
-            checkpoint = checkpoint_of(options, options.progress)
+            checkpoint = checkpoint_of(options, progress)
         model = load_model(
             checkpoint,
             dtype=options.model_dtype,
             device=resolve_device(options.device, options.model),
             attn_implementation=options.attn_implementation,
             encoder_decoder=True,
+            progress=progress,
         )
         return cls(checkpoint, model)
 
@@ -180,7 +181,7 @@ def open_inputs(
         )
     with open_corpus(options.data, _fields(options, repaired, like), progress, stream=options.streams) as corpus:
         corpus = corpus.keeping(checked_names(options.keep_fields, corpus))
-        model = (ahead or LoadedModel.of(options, checkpoint)).model
+        model = (ahead or LoadedModel.of(options, progress, checkpoint)).model
         before = existing or like
         tokenizer = tokenizer_for(
             model,

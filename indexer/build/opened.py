@@ -37,7 +37,8 @@ def opened(
         ahead: list[LoadedModel] = []  # the model is loaded while another learns the projection
         if share is not None:
             name = part_name(options)  # before the store is made: a checkpoint that is none is refused
-            waiting = begin(Store.create(options.store), name, progress, lambda: ahead.append(LoadedModel.of(options)))
+            load = LoadedModel.of
+            waiting = begin(Store.create(options.store), name, progress, lambda: ahead.append(load(options, progress)))
             beginning = stack.enter_context(waiting)
         inputs = stack.enter_context(open_inputs(options, progress, checked=share, ahead=ahead[0] if ahead else None))
         job = plan_job(inputs, progress, joining=share is not None)

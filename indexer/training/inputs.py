@@ -62,11 +62,11 @@ class Start:
             raise UsageError("give `tokenizer`: a new model has none, and the data are not tokenized yet")
         return cls(source, load_tokenizer(folder), folder)
 
-    def model(self, config: TrainConfig, device: str, resume_from: Path | None) -> Any:
+    def model(self, config: TrainConfig, device: str, resume_from: Path | None, progress: Progress) -> Any:
         """The model, every parameter trainable, in its dtype and on ``device``; of ``resume_from`` if there is one."""
         source = find_folder(resume_from) if resume_from is not None else self.checkpoint
         if source is not None:
-            model = load_model(source, dtype=config.model_dtype, device=device)
+            model = load_model(source, dtype=config.model_dtype, device=device, progress=progress)
         else:
             if config.architecture is not None:
                 shape = architecture(config.architecture, self.tokenizer, dropout=config.dropout)

@@ -135,7 +135,7 @@ class _Training:
         """The val loss of the checkpoint."""
         begun = time.perf_counter()
         start = Start.find(self.checkpoint, self.tokenizer, self.data, self.progress)
-        model = start.model(self.config, self.device, None)
+        model = start.model(self.config, self.device, None, self.progress)
         val = self._val(self._tokenizer(start, model, None), longest_row(model, self.config.max_length))
         assert val is not None
         with autocast(self.config, self.device):
@@ -286,7 +286,7 @@ class _Training:
 
     def _inputs(self, start: Start, newest: Path | None, saved: SavedState | None, tokens: Path) -> Inputs:
         """Model, val set and rows, with notes on rows that cannot be used; the model of the checkpoint ``newest``."""
-        model = start.model(self.config, self.device, newest)
+        model = start.model(self.config, self.device, newest, self.progress)
         max_length = longest_row(model, self.config.max_length)
         tokenizer = self._tokenizer(start, model, saved)
         val = self._val(tokenizer, max_length)

@@ -75,6 +75,7 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
             device=device,
             attn_implementation=options.attn_implementation,
             encoder_decoder=True,
+            progress=progress,
         )
         tokenizer = tokenizer_for(
             model,

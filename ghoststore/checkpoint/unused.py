@@ -1,0 +1,37 @@
+"""Weights of a checkpoint that its model has no place for. transformers leaves them out, and says so in a warning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from typing import Any
+
+SHOWN = 3
+"""Names in a message."""
+
+
+def unused_words(model: Any, keys: Collection[str]) -> str:
+    """What a user hears of ``keys``, names of weights that ``model`` has no place for; "" if there are none."""
+    if not keys:
+        return ""
+    more = len(keys) - SHOWN
+    shown = ", ".join(sorted(keys)[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return f"{type(model).__name__} has no place for weights that its files hold: {shown}"
+
+
+def cut_off(model: Any, keys: Collection[str]) -> list[str]:
+    """Those of ``keys`` that are of further members of a list of layers that ``model`` has: its files hold layers that
+    its configuration does not.
+    """
+    from torch import nn
+
+    prefix = getattr(model, "base_model_prefix", "")
+    counts = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    counts |= {name.removeprefix(f"{prefix}."): count for name, count in counts.items()}  # files of a model's inside
+    return sorted(key for key in keys if any(number >= counts.get(of, math.inf) for of, number in _numbers(key)))
+
+
+def _numbers(key: str) -> Iterator[tuple[str, int]]:
+    """(name of the list, place in it) for each number between the dots of ``key``."""
+    parts = key.split(".")
+    yield from ((".".join(parts[:place]), int(part)) for place, part in enumerate(parts) if part.isdecimal())

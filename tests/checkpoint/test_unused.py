@@ -1,0 +1,77 @@
+"""Weights that a model has no place for: a head of another task is noted, layers that the configuration lacks are
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from ghoststore.checkpoint.load import find_checkpoint, load_model
+from ghoststore.errors import CheckpointError
+from tests.support.models import gpt2, llama, settle
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
+
+WEIGHTS = "model.safetensors"
+
+
+def rewritten(folder: Path, **weights: torch.Tensor) -> Path:
+    """``folder`` with further weights, as a head that was trained besides."""
+    path = folder / WEIGHTS
+    save_file({**load_file(path), **weights}, path, metadata={"format": "pt"})
+    return folder
+
+
+def fewer(folder: Path, name: str, layers: int) -> Path:
+    """``folder`` with a configuration of ``layers``."""
+    path = folder / "config.json"
+    fields: dict[str, Any] = json.loads(path.read_text())
+    fields.pop("layer_types", None)
+    path.write_text(json.dumps({**fields, name: layers}))
+    return folder
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "headless"])
+def test_layers_that_the_configuration_lacks(family: str, tmp_path: Path) -> None:
+    """transformers leaves them out, and warns: the vectors would be those of another model."""
+    made, name = (llama(), "num_hidden_layers") if family == "llama" else (gpt2(), "n_layer")
+    (made.transformer if family == "headless" else made).save_pretrained(tmp_path / "model")
+    folder = fewer(tmp_path / "model", name, 1)
+    with pytest.raises(CheckpointError, match=r"no place for weights .*\.1\.\S+, .* and \d+ more\. They are of layers"):
+        load_model(find_checkpoint(folder))
+    # What the message says.
+    AutoModelForCausalLM.from_pretrained(str(folder)).save_pretrained(str(tmp_path / "another"))
+    assert len(list(load_model(find_checkpoint(tmp_path / "another")).named_parameters())) < len(
+        list(made.named_parameters())
+    )
+    load_model(find_checkpoint(fewer(folder, name, 2)))
+
+
+def test_a_head_of_another_task_is_noted(lab: Lab, tmp_path: Path) -> None:
+    """In one line, by every command that reads a model for the first time, and nothing else differs."""
+    heads = {"v_head.summary.weight": torch.ones(1, 16), "v_head.summary.bias": torch.ones(1)}
+    folder = rewritten(lab.model(tmp_path / "model"), **heads)
+    words = f"checkpoint {folder}: GPT2LMHeadModel has no place for weights that its files hold: "
+    words += "v_head.summary.bias, v_head.summary.weight. They have no part in anything"
+    base = ("--checkpoint", folder, "--data", lab.corpus)
+    for command in (
+        ("build", *base, "--store", tmp_path / "store", "--workers", "2"),
+        ("full-gradients", *base, "--out", tmp_path / "gradients"),
+        ("train", *base, "--output-dir", tmp_path / "out", "--max-steps", "1", "--method", "Regular"),
+    ):
+        outcome = lab.run(*command)
+        assert outcome.code == 0, outcome.err
+        assert " ".join(outcome.err.split()).count(words) == 1, outcome.err
+
+
+def test_other_layers_of_a_like_name_are_no_layers_of_the_model(tmp_path: Path) -> None:
+    settle(gpt2()).save_pretrained(tmp_path / "model")
+    load_model(find_checkpoint(rewritten(tmp_path / "model", **{"mtp.h.2.ln_1.weight": torch.ones(16)})))
