@@ -430,7 +430,7 @@ class GradProjLoraEngine:
             outputs: tuple[Tensor, ...] = SideBranch.apply(  # type: ignore[no-untyped-call]
                 leaf, saved, (module, layer_type, sides, use.flipped), seen.rows, *seen.outputs
             )
-            seen = seen._replace(outputs=outputs)
+            seen = seen.with_outputs(outputs)
             return seen.back((seen if self._witness is None else self._witness.tap(use.module, seen)).outputs)
 
         return hook

@@ -29,7 +29,7 @@ def restored(ctx: Any) -> Any:
 def tapped(seen: Seen, saved: Any, see: See, leaf: Tensor | None) -> Seen:
     """``seen`` with a tap on its outputs."""
     outputs: tuple[Tensor, ...] = Tap.apply(saved, see, leaf, seen.rows, *seen.outputs)  # type: ignore[no-untyped-call]
-    return seen._replace(outputs=outputs)
+    return seen.with_outputs(outputs)
 
 
 class Tap(torch.autograd.Function):

@@ -15,6 +15,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,7 +60,8 @@ class Sides(NamedTuple):
     """Projects the gradient at the layer's output."""
 
 
-class Seen(NamedTuple):
+@dataclass(frozen=True)
+class Seen:
     """One run of a layer, with the samples of the batch on the first axis."""
 
     x: Tensor | Call
@@ -76,6 +78,10 @@ class Seen(NamedTuple):
     """Whether an index of one axis that counts up, as long as the batch, was taken for one of positions."""
     flat: bool = False
     """Whether the axis of samples was also that of positions: its length shows no batch size."""
+
+    def with_outputs(self, outputs: tuple[Tensor, ...]) -> Seen:
+        """The same run with other :attr:`outputs`."""
+        return Seen(self.x, outputs, self.back, self.rows, self.expanded, self.counted, self.flat)
 
     @property
     def dtype(self) -> torch.dtype:
