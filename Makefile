@@ -8,10 +8,10 @@ SOAK_MINUTES ?= 30
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint types bench soak docs clean
+.PHONY: help setup demo test test-all test-oldest lint types bench soak docs clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 setup: $(READY)  ## make the environment (.venv)
 
@@ -32,6 +32,17 @@ test: $(READY)  ## run the fast tests: every kind of fault, in about 6 minutes o
 
 test-all: $(READY)  ## run all tests: every case of every grid, every moment of a kill
 	$(PYTEST)
+
+# The least of each range in pyproject.toml, so that what it admits is what was tried.
+OLDEST := .venv-oldest
+
+test-oldest:  ## run the fast tests with the oldest versions that pyproject.toml admits
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	$(OLDEST)/bin/uv pip compile --quiet --resolution lowest-direct --extra dev --output-file $(OLDEST)/versions.txt \
+		pyproject.toml
+	$(OLDEST)/bin/python -m pip install --quiet --requirement $(OLDEST)/versions.txt --editable .
+	$(MAKE) test VENV=$(OLDEST) READY=
 
 lint: $(READY)  ## style, types, and the order of imports
 	$(BIN)/ruff check .
@@ -59,4 +70,4 @@ bench: ghoststore-demo/demo.json  ## small benchmarks of build and search, on th
 	$(BIN)/python benchmarks/search.py --out benchmarks/results
 
 clean:  ## remove the environment and what the targets made
-	rm -rf $(VENV) build ghoststore-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build ghoststore-demo .pytest_cache .mypy_cache .ruff_cache

@@ -55,6 +55,16 @@ def test_every_package_that_a_message_installs_is_a_dependency() -> None:
     assert {"wandb", "tensorboard", "duckdb"} <= named <= known
 
 
+def test_every_package_has_one_least_version() -> None:
+    """Those of `dev` are those of the extras: `make test-oldest` tries all of them at once."""
+    lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    bounds: dict[str, set[str]] = {}
+    for package in (package for packages in lists for package in packages):
+        name, least = package.partition(";")[0].split(">=")
+        bounds.setdefault(name.partition("[")[0], set()).add(least.strip())
+    assert {name: least for name, least in bounds.items() if len(least) > 1} == {}
+
+
 def test_the_citation_is_of_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= set(citation)  # what the format requires

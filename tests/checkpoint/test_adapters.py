@@ -242,6 +242,8 @@ def test_what_was_trained_with_biases_is_merged(tmp_path: Path) -> None:
     peft, folder = saved(tmp_path, gpt2, target_modules=["c_attn"], bias="lora_only")
     with pytest.raises(CheckpointError, match="Give `adapter=merge`"):
         find_checkpoint(folder)
+    if not any(name.endswith(".bias") for name in load_file(folder / "adapter_model.safetensors")):
+        pytest.skip("this peft loses the biases when it saves: those before 0.21")
     merged = load_model(find_checkpoint(folder, adapter="merge"))
     assert torch.allclose(logits(merged), logits(peft), rtol=1e-4, atol=1e-5)
 

@@ -81,7 +81,10 @@ def ids_of(samples: list[Sample]) -> list[list[int]]:
 @pytest.mark.parametrize("rows", [ROWS, PARTS], ids=["tools", "parts"])
 def test_a_conversation_is_one_in_every_form(rows: list[dict[str, Any]], write: Write, tmp_path: Path) -> None:
     import datasets
+    import pyarrow
 
+    if pyarrow.array([{"b": 1, "a": 2}]).type.field(0).name != "b":
+        pytest.skip("this pyarrow sorts the keys of objects, and their order belongs to a conversation")
     sources = [write("jsonl", rows)]
     (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(jsonl_bytes(rows)))
     # A JSON string of the list is the same tools.

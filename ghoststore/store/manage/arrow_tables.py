@@ -39,5 +39,7 @@ class ArrowTables:
                 flat = arrow.array(np.ascontiguousarray(column).reshape(-1), type=field.type.value_type)
                 arrays.append(arrow.FixedSizeListArray.from_arrays(flat, type=field.type))
             else:
-                arrays.append(arrow.array(column.tolist() if column.dtype == object else column, type=field.type))
+                # NumPy's texts, and Python's objects: not every pyarrow reads the former.
+                values_of_field = column.tolist() if column.dtype.kind in "OT" else column
+                arrays.append(arrow.array(values_of_field, type=field.type))
         return arrow.Table.from_arrays(arrays, schema=self.schema)

@@ -40,6 +40,8 @@ REFUSED = {
 """Classes of expressions that a condition may not have. Rows are read some at a time, so one cannot look at others."""
 GROWING = {"range", "generate_series", "repeat", "lpad", "rpad", "list_resize", "array_resize", "format", "printf"}
 """Functions that make values of any size out of a number. The engine does not count them into its limit of memory."""
+OF_THE_MACHINE = {"current_setting"}
+"""Functions of settings, which another machine has otherwise; DuckDB before 2.0 calls them constant."""
 CLOCK = {"current_timestamp", "current_time", "localtime", "localtimestamp"}
 """Words that stand for functions of other names, which change with the clock."""
 
@@ -116,7 +118,7 @@ class Condition:
             raise self._problem(f"it makes values of any size ({growing.pop()})")
         # The clock is written as a column: current_date.
         words = within | (referred - known)
-        if changing := _changing(self._connection, called | words) | (words & CLOCK):
+        if changing := _changing(self._connection, called | words) | (words & CLOCK) | (called & OF_THE_MACHINE):
             raise self._problem(f"it would match other rows another time ({changing.pop()})")
         if hidden := (referred - known) & {TABLE, self._place}:
             raise self._problem(f"{self._source} has no column {hidden.pop()!r}")

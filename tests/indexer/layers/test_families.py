@@ -100,7 +100,9 @@ def test_vectors_of_all_layers(family: str) -> None:
         vectors = causal_vectors(engine, model, BATCH)
         projection = engine.projection
     assert projection.plan.coverage == 1.0
-    assert sorted(projection.plan.replayed) == sorted(filter(None, FAMILIES[family][2].split(", ")))
+    # DeepSeek's experts had another name until transformers 5.16.
+    replayed = [name.replace("NaiveMoe", "Experts") for name in projection.plan.replayed]
+    assert sorted(replayed) == sorted(filter(None, FAMILIES[family][2].split(", ")))
     expected = naive(model, projection, len(BATCH), next_token_loss_of(BATCH))
     assert relative_error(vectors, expected.vectors, expected.whole_norm()) < 1e-5
 
