@@ -21,12 +21,13 @@ def unused_words(model: Any, keys: Collection[str]) -> str:
 
 def cut_off(model: Any, keys: Collection[str]) -> list[str]:
     """Those of ``keys`` that are of further members of a list of layers that ``model`` has: its files hold layers that
-    its configuration does not.
+    its configuration does not. Those that predict later tokens (DeepSeek's) stand behind the others, and are none.
     """
     from torch import nn
 
     prefix = getattr(model, "base_model_prefix", "")
-    counts = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    behind = getattr(model.config, "num_nextn_predict_layers", None) or 0
+    counts = {name: len(module) + behind for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     counts |= {name.removeprefix(f"{prefix}."): count for name, count in counts.items()}  # files of a model's inside
     return sorted(key for key in keys if any(number >= counts.get(of, math.inf) for of, number in _numbers(key)))
 

@@ -72,6 +72,12 @@ def test_a_head_of_another_task_is_noted(lab: Lab, tmp_path: Path) -> None:
         assert " ".join(outcome.err.split()).count(words) == 1, outcome.err
 
 
-def test_other_layers_of_a_like_name_are_no_layers_of_the_model(tmp_path: Path) -> None:
+def test_layers_that_predict_later_tokens_are_left_out(tmp_path: Path) -> None:
+    """Beside the model's, or behind them where its configuration says how many there are."""
     settle(gpt2()).save_pretrained(tmp_path / "model")
-    load_model(find_checkpoint(rewritten(tmp_path / "model", **{"mtp.h.2.ln_1.weight": torch.ones(16)})))
+    folder = rewritten(tmp_path / "model", **{"mtp.h.2.ln_1.weight": torch.ones(16)})
+    load_model(find_checkpoint(folder))
+    rewritten(folder, **{"transformer.h.2.ln_1.weight": torch.ones(16)})
+    with pytest.raises(CheckpointError, match=r"hold: transformer\.h\.2\.ln_1\.weight\. They are of layers"):
+        load_model(find_checkpoint(folder))
+    load_model(find_checkpoint(fewer(folder, "num_nextn_predict_layers", 1)))
