@@ -208,7 +208,7 @@ def _open_models(
         return models, tokenizer
     assert checkpoint is not None
     saved = find_checkpoint(checkpoint, base=base, adapter=adapter, progress=progress)
-    models = SavedModels(saved, dtype or "float32", resolve_device(device), kernel)
+    models = SavedModels(saved, dtype or "float32", resolve_device(device), kernel, progress)
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(saved.tokenizer_folder if tokenizer is None else find_tokenizer(tokenizer, progress))
     return models, tokenizer

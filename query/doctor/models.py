@@ -16,6 +16,7 @@ from torch import nn
 from ghoststore.checkpoint.load import DTYPES, AnyCheckpoint, load_model, quiet_transformers
 from ghoststore.errors import UsageError
 from ghoststore.machine import available_memory
+from ghoststore.progress import Progress
 from indexer.encode.engine import unwrap
 
 
@@ -35,18 +36,28 @@ class Models(Protocol):
 
 
 class SavedModels:
-    """The models of a checkpoint."""
+    """The models of a checkpoint. ``progress`` hears of it what there is to say when it is read, once."""
 
-    def __init__(self, checkpoint: AnyCheckpoint, dtype: str, device: str, kernel: str | None) -> None:
+    def __init__(
+        self, checkpoint: AnyCheckpoint, dtype: str, device: str, kernel: str | None, progress: Progress
+    ) -> None:
         self.name, self.dtype, self.device = checkpoint.where, dtype, device
         self._checkpoint, self._kernel = checkpoint, kernel
+        self._progress: Progress | None = progress
 
     def reference(self) -> Any:
         _refuse_too_large(self._checkpoint.numbers(), self.device, self.name)
         return self.in_dtype("float32", None if half_only(self._kernel) else self._kernel)
 
     def in_dtype(self, dtype: str, kernel: str | None = None) -> Any:
-        return load_model(self._checkpoint, dtype=dtype, device=self.device, attn_implementation=kernel or self._kernel)
+        progress, self._progress = self._progress, None
+        return load_model(
+            self._checkpoint,
+            dtype=dtype,
+            device=self.device,
+            attn_implementation=kernel or self._kernel,
+            progress=progress,
+        )
 
 
 class LoadedModels:

@@ -66,6 +66,7 @@ def test_a_head_of_another_task_is_noted(lab: Lab, tmp_path: Path) -> None:
         ("build", *base, "--store", tmp_path / "store", "--workers", "2"),
         ("full-gradients", *base, "--out", tmp_path / "gradients"),
         ("train", *base, "--output-dir", tmp_path / "out", "--max-steps", "1", "--method", "Regular"),
+        ("doctor", "--checkpoint", folder),
     ):
         outcome = lab.run(*command)
         assert outcome.code == 0, outcome.err
