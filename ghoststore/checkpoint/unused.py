@@ -6,8 +6,8 @@ import math
 from collections.abc import Collection, Iterator
 from typing import Any
 
-SHOWN = 3
-"""Names in a message."""
+SHOWN, LENGTH = 3, 200
+"""Names in a message, and characters of one."""
 
 
 def unused_words(model: Any, keys: Collection[str]) -> str:
@@ -15,7 +15,7 @@ def unused_words(model: Any, keys: Collection[str]) -> str:
     if not keys:
         return ""
     more = len(keys) - SHOWN
-    shown = ", ".join(sorted(keys)[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+    shown = ", ".join(f"{key:.{LENGTH}}" for key in sorted(keys)[:SHOWN]) + (f" and {more} more" if more > 0 else "")
     return f"{type(model).__name__} has no place for weights that its files hold: {shown}"
 
 
@@ -26,7 +26,8 @@ def cut_off(model: Any, keys: Collection[str]) -> list[str]:
     from torch import nn
 
     prefix = getattr(model, "base_model_prefix", "")
-    behind = getattr(model.config, "num_nextn_predict_layers", None) or 0
+    later = getattr(model.config, "num_nextn_predict_layers", 0)
+    behind = later if isinstance(later, int) else 0
     counts = {name: len(module) + behind for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     counts |= {name.removeprefix(f"{prefix}."): count for name, count in counts.items()}  # files of a model's inside
     return sorted(key for key in keys if any(number >= counts.get(of, math.inf) for of, number in _numbers(key)))
@@ -35,4 +36,6 @@ def cut_off(model: Any, keys: Collection[str]) -> list[str]:
 def _numbers(key: str) -> Iterator[tuple[str, int]]:
     """(name of the list, place in it) for each number between the dots of ``key``."""
     parts = key.split(".")
-    yield from ((".".join(parts[:place]), int(part)) for place, part in enumerate(parts) if part.isdecimal())
+    for place, part in enumerate(parts):
+        if part.isdecimal():
+            yield ".".join(parts[:place]), int(part)

@@ -160,8 +160,8 @@ class _Crew:
         """How many of them a worker gets at once."""
         self._places: dict[int, _Place] = {}
         self._shown: _Place | None = None
-        self._noted: set[str] = set()
         """The worker whose bars are shown: the one that begins the part."""
+        self._noted: set[str] = set()
         self._task: Task | None = None
         self._report: BuildReport | None = None
         self._deaths = 0

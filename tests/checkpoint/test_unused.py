@@ -82,3 +82,21 @@ def test_layers_that_predict_later_tokens_are_left_out(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"hold: transformer\.h\.2\.ln_1\.weight\. They are of layers"):
         load_model(find_checkpoint(folder))
     load_model(find_checkpoint(fewer(folder, "num_nextn_predict_layers", 1)))
+
+
+def test_names_of_any_kind(lab: Lab, tmp_path: Path) -> None:
+    """They are the file's, which may come from anywhere: no terminal obeys one, and none fills it."""
+    names = (
+        "h.\x1b]0;owned\x07.weight",
+        "x" * 10_000,
+        "a\nb",
+        "[red]c[/red]",
+    )
+    folder = rewritten(lab.model(tmp_path / "model"), **{name: torch.ones(1) for name in names})
+    fewer(folder, "num_nextn_predict_layers", [])  # type: ignore[arg-type]
+    outcome = lab.run("full-gradients", "--checkpoint", folder, "--data", lab.corpus, "--out", tmp_path / "gradients")
+    assert outcome.code == 0, outcome.err
+    assert "has no place for weights" in outcome.err
+    assert "[red]c[/red]" in outcome.err
+    assert "\x1b]" not in outcome.err
+    assert len(outcome.err) < 3000
