@@ -1,5 +1,5 @@
-"""What a command refuses before torch is imported, which takes seconds: options of a wrong type or form, and what
-is not there. The words are those of the library, whose own functions say them.
+"""What a command refuses before torch is imported, which takes seconds: options of a wrong type or form, a query that
+asks for nothing, and what is not there. The words are those of the library, whose own functions say them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from ghoststore.lazy import refuse_shadows
 from ghoststore.progress import Progress
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.option import in_objects, options_of
+from ghoststore.settings.question import RerankOptions
 from ghoststore.settings.shared import in_memory, is_stdin
 
 ASKED = ("val_set", "minus")
@@ -31,6 +32,8 @@ def refuse_early(name: str, kind: type, keywords: Mapping[str, Any], progress: P
     reads = name != "build" and "store" in specs and specs["store"][1].section == "Input"
     if reads and getattr(options, "server", None) is None:
         _refuse_missing_store(options.store)
+    if isinstance(options, RerankOptions):
+        options.refuse_contradictions()
     if name == "repair":
         return
     needed = ("data",) if "data" in specs and specs["data"][0].default is MISSING else ()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from ghoststore.errors import UsageError
-from ghoststore.settings.option import about, option, options
+from ghoststore.settings.option import about, check_at_least, option, options
 from ghoststore.settings.shared import (
     FIRST_VAL_SAMPLES,
     STORE,
@@ -26,6 +26,7 @@ from ghoststore.settings.shared import (
     WhereOption,
 )
 
+NO_VAL_SET = "give `val_set`: what is asked for is near its gradient"
 Combine = Literal["mean", "max", "rank-fusion"]
 Precondition = Literal["none", "second-moment"]
 PartWeights = str | Sequence[float]
@@ -246,6 +247,25 @@ class RerankOptions:
         metavar="N",
     )
 
+    def refuse_contradictions(self) -> None:
+        """UsageError for values that are none, and for options that belong to another way."""
+        check_at_least(1, rerank=self.rerank, rerank_samples=self.rerank_samples, cg_steps=self.cg_steps)
+        if self.rerank_damping is not None and not self.rerank_damping > 0:
+            raise UsageError(f"`rerank_damping` must be more than 0, not {self.rerank_damping}")
+        if self.rerank is None and self.rerank_with != "exact":
+            raise UsageError(f"`rerank_with={self.rerank_with}` belongs to `rerank`, the number of rows: give it, too")
+        learns = self.rerank is not None and self.rerank_with in ("ekfac", "cg")
+        damps = self.rerank is not None and self.rerank_with != "vectors"
+        for name, value, fits in (
+            ("rerank_samples", self.rerank_samples, learns),
+            ("rerank_damping", self.rerank_damping, damps),
+            ("cg_steps", self.cg_steps, learns and self.rerank_with == "cg"),
+        ):
+            if value is not None and not fits:
+                ways = "`rerank_with=cg`" if name == "cg_steps" else "`rerank_with=ekfac` and `rerank_with=cg`"
+                ways = "whole gradients, not with `rerank_with=vectors`" if name == "rerank_damping" else ways
+                raise UsageError(f"`{name}` belongs to `rerank` with {ways}")
+
 
 @options
 class QueryOptions(ProgressOption, RankingOptions, EngineOptions, RerankOptions, RunGradientsOptions, QuestionOptions):
@@ -295,6 +315,12 @@ class QueryOptions(ProgressOption, RankingOptions, EngineOptions, RerankOptions,
     report: str | Path | None = option(
         None, "Write a new .html file: one page with texts, histograms, domains, layers.", "Output", metavar="FILE"
     )
+
+    def refuse_contradictions(self) -> None:
+        """UsageError where nothing is asked for, and for options of the second stage that belong to another way."""
+        if self.val_set is None and self.near is None and self.run is None:
+            raise UsageError(NO_VAL_SET)
+        RerankOptions.refuse_contradictions(self)
 
 
 @options

@@ -28,7 +28,7 @@ from ghoststore.errors import (
 )
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.fields import Fields
-from ghoststore.settings.question import QueryOptions
+from ghoststore.settings.question import NO_VAL_SET, QueryOptions
 from ghoststore.settings.shared import Data
 from query.answer.results import BlendedHit, Hit, HybridHit, QueryHits, QueryResult
 
@@ -165,7 +165,7 @@ def _question(options: QueryOptions, offered: frozenset[str], address: Address, 
             continue
         question[spec.name] = list(value) if isinstance(value, tuple) else value
     if options.val_set is None and options.near is None:
-        raise UsageError("give `val_set`: what is asked for is near its gradient")
+        raise UsageError(NO_VAL_SET)
     for name in ROWS:
         data = getattr(options, name)
         if data is not None:

@@ -11,7 +11,7 @@ from ghoststore.corpus import Corpus, Fields, open_corpus, same_source, source_n
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.settings.option import check_at_least, check_choices
-from ghoststore.settings.question import QuestionOptions
+from ghoststore.settings.question import NO_VAL_SET, QuestionOptions
 from ghoststore.settings.shared import Checkpoint
 from query.ask.blend import checked_weight
 from query.ask.phrase import Phrase
@@ -64,7 +64,7 @@ class Question(QuestionOptions):
             raise UsageError("`score_weight` belongs to `with_scores`, which names a training run")
 
     def _refuse_without_val_set(self) -> None:
-        raise UsageError("give `val_set`: what is asked for is near its gradient")
+        raise UsageError(NO_VAL_SET)
 
     @property
     def grouping(self) -> Grouping:

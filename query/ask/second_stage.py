@@ -20,9 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
-from ghoststore.settings.option import check_at_least, check_choices
+from ghoststore.settings.option import check_choices
 from ghoststore.settings.question import RerankOptions
 from ghoststore.store import Part
 from indexer.encode.tokens import Row
@@ -52,22 +51,7 @@ class Reranking(RerankOptions):
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_at_least(1, rerank=self.rerank, rerank_samples=self.rerank_samples, cg_steps=self.cg_steps)
-        if self.rerank_damping is not None and not self.rerank_damping > 0:
-            raise UsageError(f"`rerank_damping` must be more than 0, not {self.rerank_damping}")
-        if self.rerank is None and self.rerank_with != "exact":
-            raise UsageError(f"`rerank_with={self.rerank_with}` belongs to `rerank`, the number of rows: give it, too")
-        learns = self.rerank is not None and self.rerank_with in ("ekfac", "cg")
-        damps = self.rerank is not None and self.rerank_with != "vectors"
-        for name, value, fits in (
-            ("rerank_samples", self.rerank_samples, learns),
-            ("rerank_damping", self.rerank_damping, damps),
-            ("cg_steps", self.cg_steps, learns and self.rerank_with == "cg"),
-        ):
-            if value is not None and not fits:
-                ways = "`rerank_with=cg`" if name == "cg_steps" else "`rerank_with=ekfac` and `rerank_with=cg`"
-                ways = "whole gradients, not with `rerank_with=vectors`" if name == "rerank_damping" else ways
-                raise UsageError(f"`{name}` belongs to `rerank` with {ways}")
+        self.refuse_contradictions()
 
     @property
     def in_metric(self) -> bool:
