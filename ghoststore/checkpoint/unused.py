@@ -11,9 +11,7 @@ SHOWN, LENGTH = 3, 200
 
 
 def unused_words(model: Any, keys: Collection[str]) -> str:
-    """What a user hears of ``keys``, names of weights that ``model`` has no place for; "" if there are none."""
-    if not keys:
-        return ""
+    """What a user hears of ``keys``, names of weights that ``model`` has no place for."""
     more = len(keys) - SHOWN
     shown = ", ".join(f"{key:.{LENGTH}}" for key in sorted(keys)[:SHOWN]) + (f" and {more} more" if more > 0 else "")
     return f"{type(model).__name__} has no place for weights that its files hold: {shown}"

@@ -30,12 +30,12 @@ def rewritten(folder: Path, **weights: torch.Tensor) -> Path:
     return folder
 
 
-def fewer(folder: Path, name: str, layers: int) -> Path:
-    """``folder`` with a configuration of ``layers``."""
+def configured(folder: Path, name: str, value: Any) -> Path:
+    """``folder`` with another ``value`` in its configuration."""
     path = folder / "config.json"
     fields: dict[str, Any] = json.loads(path.read_text())
     fields.pop("layer_types", None)
-    path.write_text(json.dumps({**fields, name: layers}))
+    path.write_text(json.dumps({**fields, name: value}))
     return folder
 
 
@@ -44,7 +44,7 @@ def test_layers_that_the_configuration_lacks(family: str, tmp_path: Path) -> Non
     """transformers leaves them out, and warns: the vectors would be those of another model."""
     made, name = (llama(), "num_hidden_layers") if family == "llama" else (gpt2(), "n_layer")
     (made.transformer if family == "headless" else made).save_pretrained(tmp_path / "model")
-    folder = fewer(tmp_path / "model", name, 1)
+    folder = configured(tmp_path / "model", name, 1)
     with pytest.raises(CheckpointError, match=r"no place for weights .*\.1\.\S+, .* and \d+ more\. They are of layers"):
         load_model(find_checkpoint(folder))
     # What the message says.
@@ -52,7 +52,7 @@ def test_layers_that_the_configuration_lacks(family: str, tmp_path: Path) -> Non
     assert len(list(load_model(find_checkpoint(tmp_path / "another")).named_parameters())) < len(
         list(made.named_parameters())
     )
-    load_model(find_checkpoint(fewer(folder, name, 2)))
+    load_model(find_checkpoint(configured(folder, name, 2)))
 
 
 def test_a_head_of_another_task_is_noted(lab: Lab, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_layers_that_predict_later_tokens_are_left_out(tmp_path: Path) -> None:
     rewritten(folder, **{"transformer.h.2.ln_1.weight": torch.ones(16)})
     with pytest.raises(CheckpointError, match=r"hold: transformer\.h\.2\.ln_1\.weight\. They are of layers"):
         load_model(find_checkpoint(folder))
-    load_model(find_checkpoint(fewer(folder, "num_nextn_predict_layers", 1)))
+    load_model(find_checkpoint(configured(folder, "num_nextn_predict_layers", 1)))
 
 
 def test_names_of_any_kind(lab: Lab, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_names_of_any_kind(lab: Lab, tmp_path: Path) -> None:
         "[red]c[/red]",
     )
     folder = rewritten(lab.model(tmp_path / "model"), **{name: torch.ones(1) for name in names})
-    fewer(folder, "num_nextn_predict_layers", [])  # type: ignore[arg-type]
+    configured(folder, "num_nextn_predict_layers", [])
     outcome = lab.run("full-gradients", "--checkpoint", folder, "--data", lab.corpus, "--out", tmp_path / "gradients")
     assert outcome.code == 0, outcome.err
     assert "has no place for weights" in outcome.err
