@@ -161,7 +161,6 @@ class _Crew:
         self._places: dict[int, _Place] = {}
         self._shown: _Place | None = None
         """The worker whose bars are shown: the one that begins the part."""
-        self._noted: set[str] = set()
         self._task: Task | None = None
         self._report: BuildReport | None = None
         self._deaths = 0
@@ -265,9 +264,7 @@ class _Crew:
 
     def _show(self, place: _Place, event: Event) -> None:
         if event.words is not None and event.task is None:
-            if event.words not in self._noted:  # of what all of them read
-                self._noted.add(event.words)
-                self._progress.note(event.words)
+            self._progress.note(event.words)
             return
         assert event.task is not None
         if event.begins is not None and event.begins[0] == BUILDING:

@@ -63,7 +63,7 @@ def test_a_head_of_another_task_is_noted(lab: Lab, tmp_path: Path) -> None:
     words += "v_head.summary.bias, v_head.summary.weight. They have no part in anything"
     base = ("--checkpoint", folder, "--data", lab.corpus)
     for command in (
-        ("build", *base, "--store", tmp_path / "store", "--workers", "2"),
+        ("build", *base, "--store", tmp_path / "store", "--workers", "2", "--span-rows", "2"),
         ("full-gradients", *base, "--out", tmp_path / "gradients"),
         ("train", *base, "--output-dir", tmp_path / "out", "--max-steps", "1", "--method", "Regular"),
         ("doctor", "--checkpoint", folder),
