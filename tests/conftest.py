@@ -22,9 +22,9 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# What this user made is remembered there: of tests, in a folder that goes with them.
+# What this user made, and what was computed, is remembered there: of tests, in a folder that goes with them.
 _state = tempfile.TemporaryDirectory(prefix="ghoststore-tests-")
-os.environ["XDG_STATE_HOME"] = _state.name
+os.environ["XDG_STATE_HOME"] = os.environ["XDG_CACHE_HOME"] = _state.name
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[variable] = "1"
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's `&` ignores it, and so would what tests interrupt

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import NewGELUActivation
 
 
 class LeanGELU(torch.autograd.Function):
@@ -41,6 +40,8 @@ def _lean_forward(module: nn.Module, x: Tensor) -> Tensor:
 @contextmanager
 def lean_activations(model: nn.Module) -> Iterator[None]:
     """While open, every ``NewGELUActivation`` of ``model`` keeps only its input. Outputs stay bit-identical."""
+    from transformers.activations import NewGELUActivation  # here: a search of stored vectors does without
+
     changed = [
         module for module in model.modules() if type(module) is NewGELUActivation and "forward" not in vars(module)
     ]

@@ -22,7 +22,7 @@ from ghoststore.errors import CaptureError, CheckpointError, UsageError
 from ghoststore.settings.choosing import refuse_contrast_in
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.train import KEPT_DTYPE, OnStoreError, ScoreLayers, ScoreMetric, check_kept
-from ghoststore.store.base.disk import storage_errors
+from ghoststore.store.base.disk import new_file, storage_errors
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.exact import Route
 from indexer.dotprod.segments import Segments, packed_samples
@@ -258,7 +258,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         assert self.engine is not None
         pending, folder = self._session.pending(), _checkpoint(args, state)
         if pending:
-            with storage_errors(str(folder)):
+            with storage_errors(str(folder)), new_file(folder / PENDING):
                 save_file({key: np.ascontiguousarray(value) for key, value in pending.items()}, folder / PENDING)
         self.engine.set_validation(self.engine.val_batches)
 

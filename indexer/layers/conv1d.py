@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from indexer.layers.base import register, runs_forward_of
 from indexer.layers.factors import Factors, Outer
@@ -16,6 +15,8 @@ class Conv1DLayer(LinearLayer):
     transposed = True
 
     def handles(self, module: nn.Module) -> bool:
+        from transformers.pytorch_utils import Conv1D  # here: a search of stored vectors does without
+
         return runs_forward_of(module, Conv1D)
 
     def axes(self, module: nn.Module) -> tuple[int, int]:

@@ -192,6 +192,7 @@ def _answer(
             keep_model=keep_model,
             opened=opened,
             keep_words=opened is None,
+            keep_vectors=opened is None,
         )
         scorer.find = find
         note_repeated(scorer.part, progress)

@@ -33,6 +33,7 @@ from query.ask.hybrid import Hybrid, HybridSearch, few
 from query.ask.lexical import PartWords, lexical_scores
 from query.ask.opened_model import OpenedModel
 from query.ask.question import Question
+from query.ask.val_vectors import val_vectors
 from query.search.counts import bins_of, count_scores
 from query.search.part_score import Metric, Term
 from query.search.parts import choose_groups
@@ -53,12 +54,14 @@ def open_scorer(
     keep_model: bool = False,
     opened: OpenedModel | None = None,
     keep_words: bool = False,
+    keep_vectors: bool = False,
 ) -> Scorer:
     """Encode ``val_set`` with the model of each of ``parts``, grouped as ``question`` says, and prepare the rankings.
 
     ``minus`` is the val set whose mean gradient is subtracted. With ``keep_model``, and for a single part, the scorer
-    keeps the encoder and the val sets, which must stay open. ``opened`` has the model of a single part already;
-    with ``keep_words`` the index of words, where there is one, is kept among the caches of the part.
+    keeps the encoder and the val sets, which must stay open. ``opened`` has the model of a single part already. With
+    ``keep_words`` the index of words, where there is one, is kept among the caches of the part; with ``keep_vectors``
+    those of the val set, unless the model is kept, in the user's folder for caches.
 
     Raises UsageError for a val set without a usable row and for patterns that match no layer, MismatchError for another
     checkpoint, tokenizer or projection and for a run on other samples, CorruptError for damaged rows.
@@ -81,25 +84,18 @@ def open_scorer(
     minus_vals: list[ValVectors] = []
     kept_encoder: PartEncoder | None = None
     for part, checkpoint in zip(parts, checkpoints, strict=True):
-        if opened is not None:
-            encoder = opened.encoder(part, progress)
-        else:
-            encoder = PartEncoder(
-                part,
-                checkpoint=checkpoint,
-                base=question.base,
-                tokenizer=question.tokenizer,
-                data=question.data,
-                device=question.device,
-                progress=progress,
-            )
-        val = encoder.encode_val_set(val_set, question.grouping, question.max_samples, question.phrase)
-        val.note_left_out(progress)
+        val, minus_val, encoder = val_vectors(
+            question,
+            part,
+            checkpoint,
+            val_set,
+            minus,
+            progress,
+            encoder=None if opened is None else opened.encoder(part, progress),
+            keep=keep_vectors and not keep_model,
+        )
         vals.append(val)
-        if minus is not None:
-            minus_val = encoder.encode_val_set(minus, "mean", None)
-            minus_val.note_left_out(progress, "`minus`")
-            minus_vals.append(minus_val)
+        minus_vals += [] if minus_val is None else [minus_val]
         kept_encoder = encoder if keep_model and len(parts) == 1 else None
         del encoder  # before the next model is loaded
     lexical_QN = None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.hidden_errors import own_errors
-from ghoststore.store.base.disk import appearing, exclusive, storage_errors, sweep
+from ghoststore.store.base.disk import appearing, exclusive, new_file, storage_errors, sweep
 from ghoststore.store.base.manifest import Kind, Manifest, refuse_differences
 from ghoststore.store.base.records import FileRecord, read_record, write_record
 from ghoststore.store.base.writers import FOLDER as WRITERS
@@ -77,7 +77,7 @@ class GradientFiles:
         path = self.folder / file_name(rows[0], self.manifest["rows_per_file"])
         with storage_errors(str(path)):
             path.unlink(missing_ok=True)  # left by a writer that was killed before the manifest named it
-            with appearing(path) as temporary, own_errors():
+            with appearing(path) as temporary, new_file(temporary), own_errors():
                 save_file({"gradients": gradients_BP}, temporary)
             entry = {
                 "rows": list(rows),

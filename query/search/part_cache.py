@@ -24,7 +24,7 @@ from torch import Tensor
 from ghoststore.errors import CorruptError, GhostStoreError
 from ghoststore.progress import Progress
 from ghoststore.store import Part
-from ghoststore.store.base.disk import flush, publish_group, storage_errors
+from ghoststore.store.base.disk import flush, new_file, publish_group, storage_errors
 from ghoststore.store.base.new_files import sweep
 from ghoststore.store.base.opening import refuse_links
 from ghoststore.store.base.records import MISSING, FileRecord, read_record, write_record
@@ -63,7 +63,8 @@ class PartCache:
         """Write ``tensors`` to the cache. If the store cannot be written, a note says so and nothing is kept."""
 
         def write(path: Path) -> None:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+            with new_file(path):
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
         try:
             self._publish(self._written_aside(write), "safetensors")

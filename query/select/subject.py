@@ -47,7 +47,9 @@ class OfParts:
         ):
             val_set.cut_stream(int(self.source.manifest["tokens"]["max_length"]))
             leak_check = LeakCheck(islice(val_set.samples(), wanted.max_samples))
-            self.scorer = open_scorer(wanted, self._parts, self._weights, val_set, progress, minus=minus)
+            self.scorer = open_scorer(
+                wanted, self._parts, self._weights, val_set, progress, minus=minus, keep_vectors=True
+            )
         note_repeated(self.source, progress)
         return leak_check
 

@@ -277,6 +277,11 @@ def test_a_damaged_checkpoint(gym: Gym, short: Trained, name: str, tmp_path: Pat
         assert same_bits(again.weights(), short.weights()) == []
 
 
+def test_who_may_read_one_file_of_a_checkpoint_may_read_all(short: Trained) -> None:
+    """safetensors 0.8 makes files that their owner alone may read."""
+    assert len({path.stat().st_mode for path in short.checkpoint().rglob("*") if path.is_file()}) == 1
+
+
 def test_every_flipped_byte_of_the_state_is_seen(gym: Gym, short: Trained, tmp_path: Path) -> None:
     from indexer.training.state import read_state
 

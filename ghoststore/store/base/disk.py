@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -41,6 +42,15 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[None]:
+    """Inside, ``path`` is written. Then who may read a new file may read it: safetensors 0.8 lets its owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    yield
+    path.chmod(stat.S_IMODE(mode))
 
 
 @contextmanager
@@ -228,8 +238,10 @@ def create_whole(path: Path, fill: Callable[[Path], None]) -> None:
                 with settled():
                     fill(temporary)
                 # Everything inside before the name, as for a file.
+                mode = temporary.stat().st_mode & 0o666
                 for directory, _, names in os.walk(temporary):
                     for name in names:
+                        Path(directory, name).chmod(mode)  # safetensors 0.8 lets its owner alone read a file
                         flush(Path(directory) / name)
                     flush(Path(directory))
             os.rename(temporary, path)  # fails on a folder that holds something

@@ -55,6 +55,7 @@ def test_resuming_from_a_checkpoint(setting: str, killed: bool, tmp_path: Path) 
         first.train()
     checkpoint = tmp_path / "out" / "checkpoint-5"
     assert (checkpoint / PENDING).is_file()
+    assert (checkpoint / PENDING).stat().st_mode == (checkpoint / "config.json").stat().st_mode
     assert run_of(tmp_path / "store", "trainer").steps == 4
     second = trainer_of(tmp_path, [callback_of(tmp_path / "store", **own)], **saving)
     second.train(resume_from_checkpoint=str(checkpoint))

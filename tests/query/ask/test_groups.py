@@ -173,6 +173,7 @@ class Sent:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, vectors: list[list[float]], ids: list[str]) -> None:
         made = ValVectors(vectors=torch.tensor(vectors), ids=ids, used=len(ids))
+        monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # neither kept ones, nor these for others
         monkeypatch.setattr("query.ask.encoder.PartEncoder.encode_val_set", lambda *_: made)
 
 

@@ -42,8 +42,9 @@ def folder(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each thing is opened from here on."""
+def opened(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each thing is opened from here on, by one who has asked nothing before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     counts: Counter[str] = Counter()
 
     def counted(owner: Any, name: str, what: Callable[..., str | None]) -> None:

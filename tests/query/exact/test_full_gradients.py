@@ -75,6 +75,12 @@ def test_equals_plain_autograd(lab: Lab, reduction: str, tmp_path: Path, three_a
     assert (report.files, report.statuses, report.bytes_on_disk) == (3, {"ok": ROWS}, ROWS * report.numbers * 4)
 
 
+def test_who_may_read_the_manifest_may_read_the_gradients(lab: Lab, tmp_path: Path) -> None:
+    """safetensors 0.8 makes files that their owner alone may read."""
+    report_of(lab, tmp_path / "out")
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir() if path.is_file()}) == 1
+
+
 def test_projected_layers_are_those_of_a_build(lab: Lab, built: Path, tmp_path: Path) -> None:
     whole, part = tmp_path / "whole", tmp_path / "part"
     report_of(lab, whole)

@@ -232,6 +232,16 @@ def test_cache_is_used_checked_and_left_behind(lab: Lab, stores: dict[str, Path]
     assert ghoststore.build(**settings).resumed_rows == 60
 
 
+def test_who_may_read_a_record_may_read_its_file(stores: dict[str, Path], tmp_path: Path) -> None:
+    """safetensors 0.8 makes files that their owner alone may read."""
+    shutil.copytree(stores["plain"], tmp_path / "store")
+    val = stores["plain"].parent / "val.jsonl"
+    ghoststore.query(store=tmp_path / "store", part="train", val_set=val, precondition="second-moment", device="cpu")
+    kept = list((tmp_path / "store/parts/train/second_moment").glob("second_moment*"))
+    assert len(kept) == 2
+    assert len({path.stat().st_mode for path in kept}) == 1
+
+
 def test_a_cache_of_other_shapes_is_not_used(stores: dict[str, Path], tmp_path: Path) -> None:
     """Its checksums hold, for whoever can write a store can write these too."""
     store = tmp_path / "store"
