@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import ghoststore
 from ghoststore import ProjectionConfig
-from ghoststore.errors import CorpusError, MismatchError
-from query.ask import val_vectors
+from ghoststore.errors import CorpusError, MismatchError, UsageError
+from ghoststore.store.base.writers import unfinished
+from query.ask import kept_vectors, val_vectors
 from query.ask.encoder import PartEncoder
 from tests.conftest import tree
 from tests.support.notes import Notes
@@ -115,7 +118,7 @@ def _touched(folder: Path) -> None:
 
 
 def _other_software(folder: Path) -> None:
-    val_vectors.versions_of = lambda *_: {"torch": "3"}
+    kept_vectors.versions_of = lambda *_: {"torch": "3"}
 
 
 def _damaged(folder: Path) -> None:
@@ -146,7 +149,7 @@ def _built_anew(folder: Path) -> None:
 def test_what_changed_is_computed_anew(
     change: Callable[[Path], None], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(val_vectors, "versions_of", val_vectors.versions_of)  # put back
+    monkeypatch.setattr(kept_vectors, "versions_of", kept_vectors.versions_of)  # put back
     ask(folder)
     change(folder)
     assert ask(folder)[1]
@@ -209,12 +212,12 @@ def test_other_vectors(projection: ProjectionConfig, folder: Path) -> None:
 
 
 def test_only_the_newest_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(val_vectors, "NEWEST", 2)
+    monkeypatch.setattr(kept_vectors, "NEWEST", 2)
     for count in (1, 2, 1, 3):
         ask(folder, max_samples=count)
     assert len(kept(folder)) == 2
     assert [ask(folder, max_samples=count)[1] for count in (1, 3, 2)] == [False, False, True]
-    monkeypatch.setattr(val_vectors, "MOST", 1)
+    monkeypatch.setattr(kept_vectors, "MOST", 1)
     ask(folder, max_samples=5)
     assert ask(folder, max_samples=5)[1]
 
@@ -231,6 +234,126 @@ def test_a_row_that_is_no_sample_is_told_before_a_model_is_loaded(folder: Path) 
         file.write("[1]\n")
     with mock.patch.object(val_vectors, "PartEncoder", None), pytest.raises(CorpusError, match="line 7"):
         ghoststore.query(store=folder / "store", val_set=folder / "val.jsonl", device="cpu")
+
+
+def test_a_phrase_is_of_one_text(folder: Path) -> None:
+    with pytest.raises(UsageError, match="`phrase` is of one text"):
+        ghoststore.query(store=folder / "store", val_set=folder / "val.jsonl", phrase="4:9", device="cpu")
+
+
+def test_a_val_set_that_changes_while_the_model_is_loaded(folder: Path) -> None:
+    """What is kept is of what was encoded, not of what was read before."""
+    val, before = folder / "val.jsonl", (folder / "val.jsonl").read_bytes()
+
+    def opened(*args: Any, **given: Any) -> PartEncoder:
+        _other_text(folder)
+        return PartEncoder(*args, **given)
+
+    with mock.patch.object(val_vectors, "PartEncoder", opened):
+        changed = ghoststore.query(store=folder / "store", val_set=val, device="cpu").to_json()["results"]
+    answer, anew, _ = ask(folder)
+    assert not anew
+    assert answer["results"] == json.loads(json.dumps(changed))
+    val.write_bytes(before)
+    answer, anew, _ = ask(folder)
+    assert anew
+    assert answer["results"] != changed
+
+
+def test_a_model_that_changes_while_it_is_loaded(folder: Path) -> None:
+    def opened(*args: Any, **given: Any) -> PartEncoder:
+        encoder = PartEncoder(*args, **given)
+        _touched(folder)
+        return encoder
+
+    with mock.patch.object(val_vectors, "PartEncoder", opened):
+        ghoststore.query(store=folder / "store", val_set=folder / "val.jsonl", device="cpu")
+    os.utime(folder / "model/model.safetensors")
+    assert not (folder / "cache").exists()
+
+
+def test_a_template_of_the_tokenizer(folder: Path) -> None:
+    """It lies in a folder inside; whatever changes there, the tokenizer is looked at again."""
+    templates = folder / "model/additional_chat_templates"
+    ask(folder)
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{{ messages }}")
+    with pytest.raises(MismatchError, match="tool_use"):
+        ask(folder)
+
+
+def test_names_that_are_no_unicode(folder: Path) -> None:
+    with open(os.fsencode(folder / "model") + b"/notes\xe9.txt", "w"):
+        pass
+    answer, _, _ = ask(folder)
+    assert ask(folder)[:2] == (answer, False)
+
+
+def test_what_killed_processes_left(folder: Path) -> None:
+    ask(folder)
+    (file,) = kept(folder)
+    left = unfinished(file.with_name("other.safetensors"))
+    left.with_name(left.name.replace(f".{os.getpid()}.", ".999999999.")).write_bytes(b"x")
+    left.write_bytes(b"x")  # of this process, as of one that is at work
+    ask(folder, max_samples=2)
+    assert [path.name for path in kept(folder) if path.name.startswith(".")] == [left.name]
+
+
+TEMPLATE = "{% for m in messages %}{% for k, x in m.items() %}{{ k }}: {{ x }} {% endfor %}{% endfor %}"
+
+
+@pytest.fixture
+def chats(folder: Path, lab: Lab) -> Path:
+    """A part of a model whose template prints the keys of a message in their order."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"id": row["id"], "messages": [{"role": "user", "content": row["text"]}]} for row in lab.sample_rows(20, 1)]
+    lab.write(folder / "train.jsonl", rows)
+    build(folder, "chats")
+    return folder
+
+
+def test_the_order_of_the_keys_of_a_message(chats: Path, lab: Lab) -> None:
+    def asked(name: str, messages: list[dict[str, Any]], **more: Any) -> tuple[Any, bool, list[str]]:
+        val = lab.write(chats / name, [{"id": "a", "messages": messages, **more}])
+        return ask(chats, part="chats", val_set=val)
+
+    first, anew, _ = asked("a.jsonl", [{"role": "user", "content": "the cat"}])
+    assert anew
+    other, anew, _ = asked("b.jsonl", [{"content": "the cat", "role": "user"}])
+    assert anew
+    assert other["results"] != first["results"]
+    assert not asked("a.jsonl", [{"role": "user", "content": "the cat"}])[1]
+
+
+def test_each_note_is_of_its_val_set(chats: Path, lab: Lab) -> None:
+    """The one has tools, which the template leaves out, and the other has none."""
+    row = {"id": "a0", "messages": [{"role": "user", "content": "the cat"}]}
+    tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]
+    one = lab.write(chats / "one.jsonl", [row | {"tools": tools}])
+    other = lab.write(chats / "other.jsonl", [row | {"messages": [{"role": "user", "content": "some stone"}]}])
+    settings: dict[str, Any] = {"part": "chats", "val_set": one}
+    _, _, alone = ask(chats, **settings)
+    assert any("tools" in note for note in alone)
+    _, anew, both = ask(chats, minus=other, **settings)
+    assert (anew, both) == (True, alone)
+    assert ask(chats, minus=other, **settings)[1:] == (False, alone)
+    shutil.rmtree(chats / "cache")
+    ask(chats, minus=other, **settings)
+    assert ask(chats, part="chats", val_set=other)[1:] == (False, [])
+
+
+def test_token_ids_are_asked_about_each_time(folder: Path) -> None:
+    """A tokenizer has to say that they are its own."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    ids = [token for row in (folder / "val.jsonl").read_text().splitlines() for token in tokenizer(row)["input_ids"]]
+    np.array(ids, dtype=np.uint16).tofile(folder / "val.bin")
+    settings: dict[str, Any] = {"val_set": folder / "val.bin", "max_samples": 2}
+    ask(folder, tokenizer=folder / "model", **settings)
+    assert ask(folder, tokenizer=folder / "model", **settings)[1]
+    with pytest.raises(UsageError, match="nothing says which tokenizer made them"):
+        ask(folder, **settings)
 
 
 def test_nobody_else_reads_it(folder: Path) -> None:
