@@ -70,7 +70,7 @@ class ValSet:
         values of Python that have no one form. CorpusError for a row that is no sample.
         """
         most = self.max_samples if self.phrase is None else min(2, self.max_samples or 2)
-        return _hash_of(islice(self.corpus.samples(), most))
+        return _joined(map(_exactly, islice(self.corpus.samples(), most)))
 
     def encoded_and_hashed(self, encoder: PartEncoder) -> tuple[ValVectors, bytes | None]:
         """Its vectors, and the hash of those samples that they were computed of: a file may have changed meanwhile."""
@@ -203,16 +203,13 @@ def _is_local(source: object) -> bool:
     return isinstance(source, str | Path) and not in_objects(source)
 
 
-def _hash_of(samples: Iterable[Sample]) -> bytes | None:
-    return _joined(map(_exactly, samples))
-
-
 def _joined(hashes: Iterable[bytes | None]) -> bytes | None:
-    digest, exact = hashlib.sha256(), True
-    for each in hashes:  # all are read: each has to be a sample
-        exact = exact and each is not None
-        digest.update(each or b"")
-    return digest.digest() if exact else None
+    digest = hashlib.sha256()
+    for each in hashes:
+        if each is None:
+            return None
+        digest.update(each)
+    return digest.digest()
 
 
 def _exactly(sample: Sample) -> bytes | None:
