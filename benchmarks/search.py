@@ -242,7 +242,7 @@ def query_store(folder: Path, data: Path, tokenizer: Path | None, rows: int) -> 
         checkpoint=folder / "checkpoint",
         data=corpus,
         store=folder / "store",
-        projection=ProjectionConfig(rank_total=QUERY_RANK_TOTAL),
+        projection=ProjectionConfig(rank_total=QUERY_RANK_TOTAL, precondition="none"),
         dry_run=True,
     )
     samples = list(Corpus.open(str(corpus)).samples())
