@@ -42,6 +42,7 @@ import ghoststore
 from ghoststore import Corpus, Part, ProjectionConfig, Store
 from ghoststore.store import PartLayout
 from ghoststore.store.base.manifest import PART
+from ghoststore.store.base.own import remember
 from ghoststore.store.part.encoding import ENCODINGS
 from ghoststore.store.part.part import create_part
 from ghoststore.store.part.sealing import seal_vectors
@@ -253,7 +254,8 @@ def query_store(folder: Path, data: Path, tokenizer: Path | None, rows: int) -> 
         "source_offset": np.array([sample.offset for sample in samples], dtype=np.int64),
         "source_digest": np.array([sample.digest() for sample in samples], dtype=np.uint64),
     }
-    random_part(Store.create(folder / "store"), "random", plan.manifest, columns)
+    part = random_part(Store.create(folder / "store"), "random", plan.manifest, columns)
+    remember(part.manifest, plan.manifest["source"], part.path)  # as a build of one's own
     return folder / "store"
 
 
