@@ -18,7 +18,6 @@ from transformers.models.gpt2 import modeling_gpt2  # noqa: E402, F401
 import ghoststore.checkpoint.same_model  # noqa: E402
 import query.answer.query  # noqa: E402
 import query.ask.encoder  # noqa: E402
-import query.ask.scorer  # noqa: E402
 from ghoststore.checkpoint.find import Checkpoint  # noqa: E402
 from indexer.encode.encoder import RowEncoder  # noqa: E402
 
@@ -32,7 +31,7 @@ PHASES = (
     (query.ask.encoder, "projection_of", "drawing the projection"),
     (RowEncoder, "__enter__", "attaching the engine"),
     (RowEncoder, "__call__", "val pass"),
-    (query.ask.scorer, "search", "search"),
+    (query.answer.query, "search", "search"),
     (query.answer.query, "hits_of", "ids and texts of the hits"),
 )
 
