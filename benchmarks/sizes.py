@@ -28,9 +28,9 @@ ROW_TOKENS, TOKENS_A_SECOND = 1024, 150_000
 """Of a row, and built by an H100 in bfloat16 (results/gpu-cuda.md)."""
 ROWS_A_CPU_SECOND = 179_000
 """Searched exactly with the extra ``fast`` (results/search-paired.md)."""
-READS_OF_A_BUILD, OTHER_READS, OTHER_WRITES = 10, 7, 7
-"""Requests a span: reads of a build; of a query, beside one a chunk of vectors; writes of a build, beside two a file
-(docs/object-storage.md, counted by the server)."""
+READS_OF_A_BUILD, OTHER_READS, OTHER_WRITES = 10, 10, 7
+"""Requests a span: reads of a build; of a query, beside one a chunk of vectors (354 for 32 spans of one chunk); writes
+of a build, beside two a file (docs/object-storage.md, counted by the server)."""
 DELAY, AT_ONCE = 0.02, 16
 """Seconds until an answer comes, and requests at once."""
 WRITE, READ, GIGABYTE_MONTH = 5e-6, 4e-7, 0.023
